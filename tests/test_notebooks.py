@@ -1,0 +1,36 @@
+"""Every notebook runs from top to bottom, and its saved outputs are fit to be read by somebody else."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PATHS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT/'nbs').rglob('*.ipynb'))
+NOTEBOOKS = [path for path in PATHS if not re.search(r'/[._]', path)]
+ABSOLUTE_PATH = re.compile(r'(?<![\w.:/<~])(/[\w.-]+){2,}|\b[A-Z]:\\')
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_runs(notebook):
+    # nbdev's own runner in a process of its own, as a contributor runs one notebook
+    done = subprocess.run([Path(sys.executable).with_name('nbdev_test'), '--path', notebook, '--n_workers', '0'],
+                          cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=900)
+    assert done.returncode == 0 and 'Success.' in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_is_fit_to_commit(notebook):
+    content = nbformat.read(ROOT/notebook, as_version=4)
+    code = [cell for cell in content.cells if cell.cell_type == 'code']
+    outputs = [output for cell in code for output in cell.outputs]
+    text = '\n'.join(output.get('text') or output.get('data', {}).get('text/plain', '') for output in outputs)
+    assert outputs, 'saved without outputs: run it, then save'
+    assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
+    assert not ABSOLUTE_PATH.search(text), f'a path of one machine in an output: {ABSOLUTE_PATH.search(text)[0]}'
+    assert 'widgets' not in content.metadata, 'widget state saved: it differs at every run'
+    assert (ROOT/notebook).stat().st_size < 1_500_000
+    lengths = [len(re.findall(r'^(?!#\|).*\S', cell.source, re.MULTILINE)) for cell in code]
+    assert max(lengths) <= 25, 'a cell too long for one idea'

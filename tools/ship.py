@@ -1,0 +1,52 @@
+"""Put the newest checkpoint of a run into data/ as shipped weights, with a card that says where they come from."""
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+from twocet_nb import data, runs, transfer
+from twocet_nb.config import read_config
+from twocet_nb.networks import save_networks
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ['generator', 'encoder', 'discriminator', 'generator_ema', 'encoder_ema']
+
+
+def commit():
+    "The commit the code is at, with a + if files differ from it."
+    git = ['git', '-C', str(ROOT)]
+    name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, 'status', '--porcelain', '--', 'twocet_nb'], capture_output=True, text=True).stdout
+    return name + ('+' if changed else '')
+
+
+def thin(records, most=200):
+    "About `most` of the records of a history, evenly spaced, the last among them."
+    stride = max(1, len(records) // most)
+    return records[len(records) - 1::-stride][::-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('run', type=Path, help='folder of a run')
+    parser.add_argument('--name', default='faces-64', choices=runs.SHIPPED)
+    args = parser.parse_args()
+    config, folder = read_config(args.run), runs.latest_checkpoint(args.run)
+    network, networks = runs.open_networks(folder, NAMES)
+    step = int(folder.name.removeprefix('step-'))
+    model = transfer.TwoCET.load(folder)
+    card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=3 * step, commit=commit(),
+                command=f'twocet train --data {config.data} --preset course --steps {config.steps} --seed {config.seed}',
+                data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),
+                recipe=json.loads((args.run/'config.json').read_text()), judgement=transfer.judge(model, data.bundled(config.data)))
+    target = ROOT/'data'/runs.SHIPPED[args.name]
+    save_networks(target, network, networks, half=True, extra=card)
+    history = thin(runs.History(args.run/'history.jsonl', last_step=step).records)
+    target.with_suffix('.json').write_text(json.dumps(card | dict(curve=history), indent=1) + '\n')
+    print(f'{target.relative_to(ROOT)}: step {step}, {target.stat().st_size / 2**20:.1f} MiB')
+    print(json.dumps(card['judgement'], indent=1))
+    print('Now run the notebooks again, so that their pictures show these weights: make outputs')
+
+
+if __name__ == '__main__':
+    main()
