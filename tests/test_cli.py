@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,9 @@ def small(here):
 
 # Help
 
-def test_help_answers_without_pytorch(cli):
+def test_help_answers_without_pytorch():
     program = "import sys; sys.modules['torch'] = None; from twocet_nb.cli import main; main(['--help'])"
-    done = subprocess.run([os.sys.executable, '-c', program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0 and all(f'\n    {name} ' in done.stdout for name in COMMANDS), done.stderr
 
 
@@ -95,7 +96,7 @@ def test_help_of_a_command(cli, command):
 
 
 def test_runs_as_a_module(here):
-    done = subprocess.run([os.sys.executable, '-m', 'twocet_nb.cli', '--version'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'twocet_nb.cli', '--version'], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f'twocet_nb {__version__}\n')
 
 
@@ -269,7 +270,7 @@ def test_a_full_disk(twocet, fails, faces, weights, here):
 
 
 def test_a_run_is_not_overwritten(fails, here):
-    Path('run').mkdir()
+    Path('run/checkpoints/step-000001').mkdir(parents=True)
     Path('run/config.json').write_text('{}')
     assert 'run' in fails('train', '--preset', 'tiny', '--run', 'run')
     assert 'config.json' in fails('resume', 'run')

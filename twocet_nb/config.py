@@ -57,7 +57,7 @@ class TrainConfig(RunOptions):
     start_from: str = ''
 
 # %% ../nbs/04b_config.ipynb #0000000e
-def _course(steps=3600, **changes):
+def _course(steps=4000, **changes):
     "64 px on a CPU: the recipe of the shipped weights."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=LossConfig.course(steps), precision='bf16',
                   lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4, beta1=.5, weight_decay=0., ema_decay=.995,

@@ -109,7 +109,7 @@ def headline(numbers):
     used = numbers['cross_wins'] > .5 + 1 / math.sqrt(numbers['faces'])
     return (f'The model wins {won} of {len(compared)} comparisons. The right expression beats a wrong one for '
             f'{numbers["cross_wins"]:.0%} of the faces (chance: 50%), so the expression code '
-            f'{"is used" if used else "is not demonstrably used: every reference gives nearly the same picture"}.')
+            f'{"is used" if used else "is not shown to be used"}.')
 
 # %% ../nbs/10_demo.ipynb #00000024
 def embed(path, caption):

@@ -293,11 +293,12 @@ class LossConfig(_LossRecord, _Drawn):
         return cls(cyc_e=_ON, code=Schedule(((0, 0.0), (5_000, 1.0))), ds=Schedule(((0, 1.0), (100_000, 0.0))), r1=0.5)
 
     @classmethod
-    def course(cls, steps=3_600):
+    def course(cls, steps=4_000):
         "For a short run on a CPU: draw first (identity), then act, with heavier L1 terms and a light, lazy R1."
-        warm, late = max(1, steps * 3 // 40), max(4, steps * 11 // 18)
-        full = warm + max(2, steps // 36)
-        on = lambda weight, by: Schedule(((0, 0.0), (warm, 0.0), (by, weight)))
-        return cls(identity=Schedule(((0, 1.0), (warm, 1.0), (full, 0.0))), adv_e=on(1.0, full), adv_n=on(1.0, full),
-                   cyc_n=on(5.0, warm + 1), cyc_e=on(5.0, warm + 1), code=on(3.0, full), r1=0.1, r1_every=4,
-                   ds=Schedule(((0, 0.0), (warm, 0.0), (warm + 1, 3.0), (late, 3.0), (max(steps, late + 1), 1.0))))
+        warm, full = max(1, steps * 27 // 400), max(3, steps * 37 // 400)
+        early, late = max(4, steps * 241 // 1000), max(6, steps // 2)
+        on = lambda weight, by=full: ((0, 0.0), (warm, 0.0), (by, weight))
+        return cls(identity=Schedule(((0, 1.0), (warm, 1.0), (full, 0.0))), adv_e=Schedule(on(1.0)), adv_n=Schedule(on(1.0)),
+                   code=Schedule(on(3.0)), cyc_n=Schedule(on(5.0, warm + 1)), r1=0.1, r1_every=4,
+                   cyc_e=Schedule((*on(5.0, warm + 1), (early, 5.0), (max(5, steps * 11 // 40), 10.0))),
+                   ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (max(5, steps * 11 // 40), 1.0), (late, 0.5))))

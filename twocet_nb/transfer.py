@@ -307,6 +307,6 @@ def print_judgement(numbers):
     "The numbers of `judge` as lines that a newcomer understands."
     print(f'{numbers["faces"]} emotional faces; mean absolute differences')
     for question, words, anchor, value, verdict in judgement(numbers):
-        print(f'{question:29}{words + ":":28}{anchor:.3f}   the model: {value:.3f} - {verdict}')
+        print(f'{question:31}{words + ":":28}{anchor:.3f}   the model: {value:.3f} - {verdict}')
     share, chance = numbers['cross_wins'], 1 / math.sqrt(numbers['faces'])
     print(f'The right class beats a wrong one for {share:.0%} of the faces (guessing: 50%, give or take {chance:.0%}).')
