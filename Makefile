@@ -2,12 +2,13 @@
 BIN     := .venv/bin
 WORKERS ?= 2
 RUN     ?=
+NOTE    ?=
 OUT     ?= runs/demo
 # The first of these that is Python 3.11 or newer; `make PY=/path/to/python TARGET` chooses another.
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test docs prepare outputs ship clean
+.PHONY: help demo lab test docs prepare outputs judge ship clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -39,9 +40,12 @@ outputs: .venv/with-dev  ## run all notebooks and save them with their outputs
 	$(BIN)/python tools/outputs.py $(NAMES)
 	$(BIN)/python tools/readme.py
 
+judge: .venv/with-base  ## numbers of a run, a file or shipped weights on unseen people: make judge RUN=runs/NAME
+	$(BIN)/python -c "from twocet_nb.transfer import *; print_judgement(judge(TwoCET.load('$(or $(RUN),faces-64)'), 'faces-64'))"
+
 ship: .venv/with-base  ## put the weights of a run into data/: make ship RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'Say which run: make ship RUN=runs/NAME'; exit 2; }
-	$(BIN)/python tools/ship.py $(RUN)
+	$(BIN)/python tools/ship.py $(RUN) --note '$(NOTE)'
 
 clean:  ## remove .venv and everything built; runs/ stays
 	rm -rf .venv build dist _proc *.egg-info .pytest_cache

@@ -1,5 +1,6 @@
 """What the notebook 01_data cannot test: other processes, hostile files, and every fault by name."""
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -85,7 +86,7 @@ def bad_image(kind, path):
 
 
 @pytest.mark.parametrize('kind', ['truncated png', 'truncated jpeg', 'truncated webp', 'bomb', 'empty', 'text', 'folder',
-                                  'LA', 'RGBA', 'P', 'I;16', 'CMYK', 'F'])
+                                  'LA', 'I;16', 'CMYK', 'F', '1'])
 def test_bad_image_is_refused_by_name(kind, tmp_path):
     path = tmp_path / 'strange face_01.png'
     bad_image(kind, path)
@@ -99,6 +100,30 @@ def test_grey_is_accepted_and_size_keeps_proportions(tmp_path):
     wide = torch.zeros(3, 20, 60)
     wide[:, :, 20:40] = 1  # the central square is white: a crop keeps it whole
     assert (data.to_tensor(wide, size=20) == 1).all()
+
+
+@pytest.mark.parametrize('kind', ['RGBA', 'P', 'P with a transparent colour', 'P with alpha'])
+def test_palette_and_transparent_pictures_are_laid_on_white(kind, tmp_path):
+    picture = Image.new('RGBA', (8, 8), (200, 0, 0, 255))
+    picture.paste((0, 0, 250, 0), (0, 0, 4, 8))  # the left half is transparent, and black or blue below
+    path, options = tmp_path / 'screenshot_01.png', {}
+    if kind != 'RGBA':
+        picture = picture.convert('RGB').quantize(2)
+        clear = picture.getpixel((0, 0))
+        options = {'P': {}, 'P with a transparent colour': {'transparency': clear},
+                   'P with alpha': {'transparency': bytes(0 if i == clear else 255 for i in range(2))}}[kind]
+    picture.save(path, **options)
+    face = data.read_face(path)
+    assert face.mode == 'RGB' and face.getpixel((7, 7)) == (200, 0, 0)
+    assert face.getpixel((0, 0)) == ((0, 0, 250) if kind == 'P' else (255, 255, 255))
+    assert torch.equal(data.to_tensor(Image.open(path)), data.to_tensor(path))
+
+
+def test_orientation_of_a_transparent_picture_is_kept(tmp_path):
+    picture, exif = Image.new('RGBA', (8, 4), (0, 0, 0, 255)), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / 'a_01.png', exif=exif)
+    assert data.read_face(tmp_path / 'a_01.png').size == (4, 8)
 
 
 @pytest.mark.parametrize('value', [np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), torch.zeros(2, 4, 4),
@@ -129,6 +154,8 @@ def test_split_properties():
         rng.shuffle(people)
         assert data.split_identities(people, count, seed=trial) == (train, test)
         assert data.split_identities(people, test) == (train, test)
+        moved = set(data.split_identities([*people, 'newcomer'], count, seed=trial)[1]) - set(test)
+        assert len(moved) <= 1  # a newcomer pushes out one person at most
     names = [f'{i:03d}' for i in range(50)]
     assert len({tuple(data.split_identities(names, 5, seed)[1]) for seed in range(20)}) == 20
 
@@ -258,7 +285,7 @@ def test_report_stays_short_and_survives_only_bad_images(small):
         path.write_bytes(path.name.encode())
     report = check_dataset(small)
     assert len(report.problems) == 20 and report.size is None and 'unreadable' in str(report)
-    assert 'and 970 more' in '\n'.join(data._verdict(['x'] * 1000))
+    assert 'and 970 more' in str(dataclasses.replace(report, problems=['x'] * 1000))
 
 
 # The bundled packs

@@ -210,7 +210,7 @@ def test_codes_must_fit(model, faces, code):
     lambda m, f: m.strip(f[:2], f[1]), lambda m, f: m.strip(f[0], f[:2]),
     lambda m, f: m.transfer(f[0], f[1], target_type='happy'), lambda m, f: m.transfer(f[0], f[1], target_type=2),
     lambda m, f: m.mix(*f[:3], weight=float('nan')), lambda m, f: m.neutralise(f[0, :2]), lambda m, f: m.neutralise(f[0] * 3),
-    lambda m, f: m.encode(Image.new('RGBA', (8, 8))), lambda m, f: m.encode(np.zeros((8, 8, 3))), lambda m, f: m.encode(None)])
+    lambda m, f: m.encode(Image.new('LA', (8, 8))), lambda m, f: m.encode(np.zeros((8, 8, 3))), lambda m, f: m.encode(None)])
 def test_what_cannot_be_used_is_refused(model, faces, call):
     with pytest.raises(InputError):
         call(model, faces)

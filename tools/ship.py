@@ -30,12 +30,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path, help='folder of a run')
     parser.add_argument('--name', default='faces-64', choices=runs.SHIPPED)
+    parser.add_argument('--note', default='', help='anything a reader of the card should know about the run')
     args = parser.parse_args()
     config, folder = read_config(args.run), runs.latest_checkpoint(args.run)
     network, networks = runs.open_networks(folder, NAMES)
     step = int(folder.name.removeprefix('step-'))
     model = transfer.TwoCET.load(folder)
-    card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=3 * step, commit=commit(),
+    card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=3 * step, commit=commit(), note=args.note,
                 command=f'twocet train --data {config.data} --preset course --steps {config.steps} --seed {config.seed}',
                 data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),
                 recipe=json.loads((args.run/'config.json').read_text()), judgement=transfer.judge(model, data.bundled(config.data)))
@@ -44,7 +45,7 @@ def main():
     history = thin(runs.History(args.run/'history.jsonl', last_step=step).records)
     target.with_suffix('.json').write_text(json.dumps(card | dict(curve=history), indent=1) + '\n')
     print(f'{target.relative_to(ROOT)}: step {step}, {target.stat().st_size / 2**20:.1f} MiB')
-    print(json.dumps(card['judgement'], indent=1))
+    transfer.print_judgement(card['judgement'])
     print('Now run the notebooks again, so that their pictures show these weights: make outputs')
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAINABLE', 'RUN_FILES', 'CAPTIONS', 'LIMITS', 'STYLE', 'INTRODUCTION', 'MEASURE', 'NEXT', 'demo_faces',
-           'draw_pictures', 'short_run', 'commit', 'provenance', 'clear_training', 'headline', 'embed', 'table',
-           'judgement_table', 'section', 'paragraph', 'training_words', 'report_page', 'demo']
+           'draw_pictures', 'present_losses', 'short_run', 'commit', 'provenance', 'clear_training', 'headline',
+           'embed', 'table', 'judgement_table', 'section', 'paragraph', 'training_words', 'report_page', 'demo']
 
 # %% ../nbs/10_demo.ipynb #00000003
 import base64, hashlib, html, json, math, platform, shutil, subprocess, sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torchvision
 # %% ../nbs/10_demo.ipynb #00000005
 from . import __version__
 from .data import InputError, _asset, bundled, card, face_name, image_grid, list_faces
+from .losses import LossConfig, Schedule
 from .networks import read_card, write_atomically
 from .runs import SHIPPED, plot_history, save_picture
 from .trainer import Trainer, preset
@@ -51,6 +53,16 @@ def draw_pictures(model, root, out, seed=0):
     return [Path(out)/name for name in pictures]
 
 # %% ../nbs/10_demo.ipynb #00000013
+def present_losses(made, steps):
+    """The losses as they were when the shipped weights were saved, held there; else those of a `course` of `steps` steps.
+
+    made: what the file of the weights says about its making, `read_card(file)['extra']`.
+    """
+    if 'recipe' not in made: return preset('course', steps=steps).losses
+    losses = LossConfig.from_dict(made['recipe']['losses'])
+    return replace(losses, **{name: Schedule.constant(weight) for name, weight in losses.weights(made['step']).items()})
+
+# %% ../nbs/10_demo.ipynb #00000016
 TRAINABLE = {'generator', 'encoder', 'discriminator'}
 
 
@@ -59,14 +71,16 @@ def short_run(run_dir, weights='faces-64', steps=20, **changes):
 
     changes: any other setting of a run. Returns the `Trainer`; Ctrl-C saves what is trained and then interrupts the demo as well.
     """
-    complete = TRAINABLE <= set(read_card(_asset(SHIPPED[weights]))['networks'])
-    config = preset('course', **dict(data=weights, start_from=weights if complete else '', steps=steps, log_every=1,
-                                     sample_every=steps, save_every=steps) | changes)
+    shipped = read_card(_asset(SHIPPED[weights]))
+    start_from = weights if TRAINABLE <= set(shipped['networks']) else ''
+    settings = dict(data=weights, start_from=start_from, steps=steps, losses=present_losses(shipped['extra'], steps),
+                    log_every=1, sample_every=steps, save_every=steps)
+    config = preset('course', **settings | changes)
     run = Trainer(config, run_dir, quiet=not sys.stderr.isatty()).fit()
     if run.step < steps: raise KeyboardInterrupt
     return run
 
-# %% ../nbs/10_demo.ipynb #00000017
+# %% ../nbs/10_demo.ipynb #0000001a
 def commit():
     "The git commit of the repository this package runs in, '-dirty' if files differ from it; 'none' outside of one."
     repository = _asset('faces.json').parents[1]    # inside an installed package this is no repository
@@ -79,13 +93,14 @@ def commit():
 def provenance(weights='faces-64', seed=0, steps=20):
     "What a demo is made of, {what: value}, ready for JSON. steps: of the short training run."
     file, made = _asset(SHIPPED[weights]), read_card(_asset(SHIPPED[weights]))['extra']
+    recipe = f'{made["command"]} (step {made["step"]})' if 'command' in made else 'not said'
     versions = {'twocet_nb': __version__, 'commit': commit(), 'Python': platform.python_version(),
                 'torch': torch.__version__, 'torchvision': torchvision.__version__, 'machine': platform.platform()}
     return versions | {'faces': weights, 'faces sha256': card(weights)['sha256'], 'weights': file.name,
-                       'weights sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'weights made by': made,
+                       'weights sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'weights made by': recipe,
                        'seed': seed, 'steps': steps}
 
-# %% ../nbs/10_demo.ipynb #0000001a
+# %% ../nbs/10_demo.ipynb #0000001d
 RUN_FILES = 'config.json', 'history.jsonl', 'checkpoints/latest', 'samples/step-*.png'
 
 
@@ -101,7 +116,7 @@ def clear_training(out):
     for pattern in RUN_FILES:
         for path in run.glob(pattern): path.unlink()
 
-# %% ../nbs/10_demo.ipynb #0000001f
+# %% ../nbs/10_demo.ipynb #00000022
 def headline(numbers):
     "Two sentences on the numbers of `judge`: how many comparisons the model wins, and whether it uses the code."
     compared = [(value, anchor) for question, _, anchor, value, _ in judgement(numbers) if 'variety' not in question]
@@ -111,7 +126,7 @@ def headline(numbers):
             f'{numbers["cross_wins"]:.0%} of the faces (chance: 50%), so the expression code '
             f'{"is used" if used else "is not shown to be used"}.')
 
-# %% ../nbs/10_demo.ipynb #00000024
+# %% ../nbs/10_demo.ipynb #00000027
 def embed(path, caption):
     "A PNG file as an HTML figure that needs no file."
     data = base64.b64encode(Path(path).read_bytes()).decode()
@@ -124,7 +139,7 @@ def table(rows):
     lines = [''.join(f'<td>{cell}</td>' for cell in row) for row in body]
     return f'<table><tr>{"".join(f"<th>{cell}</th>" for cell in heading)}</tr>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
 
-# %% ../nbs/10_demo.ipynb #00000027
+# %% ../nbs/10_demo.ipynb #0000002a
 def judgement_table(numbers):
     "The numbers of `judge` as an HTML table, every one beside its anchor and a verdict."
     rows = [('question', 'the model', 'to compare with', 'verdict')]
@@ -132,7 +147,7 @@ def judgement_table(numbers):
         rows.append((question, f'{value:.3f}', f'{anchor:.3f} ({words})', verdict))
     return table(rows)
 
-# %% ../nbs/10_demo.ipynb #0000002a
+# %% ../nbs/10_demo.ipynb #0000002d
 CAPTIONS = {
     'matrix.png': 'Left: people the model never saw in training, with their neutral faces. Top: given emotional faces of the '
                   'same people, in turn. Each other picture is made by the model: the person at the left with the expression '
@@ -143,16 +158,17 @@ CAPTIONS = {
     'losses.png': 'Left: what the discriminator minimises. Middle: what it tells the generator, and the diversity (ds). Right: how far '
                   'faces (cyc_n, cyc_e) and codes (code) are from coming back unchanged. Each step is one iteration of three sub-steps.'}
 
-LIMITS = ['It knows rendered faces of a few dozen invented people. Of real faces it knows nothing; expect it to fail on them.',
+LIMITS = ['It knows rendered faces of invented people. Of real faces it knows nothing; expect it to fail on them.',
           'It moves the look of an expression. It does not recognise, measure or prove what anybody feels.',
           'Do not use it to decide anything about a person: not in hiring, schools, health, police or border control.',
           'Do not put words or feelings on somebody\'s face without their consent, and do not remove the synthetic mark.']
 
-# %% ../nbs/10_demo.ipynb #0000002b
+# %% ../nbs/10_demo.ipynb #0000002e
 STYLE = """body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 900px; margin: 2rem auto; padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 figure { margin: 1rem 0 } img { max-width: 100%; border: 1px solid #ddd } figcaption { color: #555; font-size: 90% }
 table { border-collapse: collapse; width: 100%; font-size: 90% } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
+td:first-child, th:first-child { white-space: nowrap }
 .note { background: #fff5d6; padding: .6rem 1rem; border-radius: 6px } code { background: #f2f2f2; padding: 0 .3em; border-radius: 3px }"""
 
 
@@ -165,7 +181,7 @@ def paragraph(words, kind=''):
     "Plain words as an HTML paragraph; kind: 'note' for a coloured box."
     return f'<p class="{kind}">{html.escape(words)}</p>'
 
-# %% ../nbs/10_demo.ipynb #0000002d
+# %% ../nbs/10_demo.ipynb #00000030
 def training_words(run):
     "What the short training run of a demo was, in plain words. run: a `Trainer` that has been fitted."
     began = 'continued from the shipped weights' if run.config.start_from else \
@@ -174,7 +190,7 @@ def training_words(run):
             f'and {run.config.batch_size} emotional faces. So few change nothing you could see; they prove that training '
             'works on this machine, and show what its curves look like. The pictures above were made before.')
 
-# %% ../nbs/10_demo.ipynb #0000002f
+# %% ../nbs/10_demo.ipynb #00000032
 INTRODUCTION = ('A demo of twocet_nb. Nobody you see exists: all faces are synthetic, either rendered (the bundled faces) or made by the '
                 'model, which never saw these people in training. Pictures made by the model carry a mark in their file that says so.')
 MEASURE = ('Mean differences between pictures with values from -1 to 1, on emotional faces of people kept out of training. '
@@ -202,7 +218,7 @@ def report_page(out, numbers, run, made_of):
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<title>twocet_nb demo</title><style>{STYLE}</style></head><body>{body}</body></html>')
 
-# %% ../nbs/10_demo.ipynb #00000032
+# %% ../nbs/10_demo.ipynb #00000035
 def demo(out='runs/demo', steps=20, seed=0, device='auto'):
     """Write pictures, a short training run and report.html to the folder `out`; returns the report's path.
 

@@ -1,0 +1,119 @@
+"""What the trainer promises beyond its notebook: precision, memory modes, starting weights, switches."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from twocet_nb.config import preset, read_config
+from twocet_nb.data import InputError
+from twocet_nb.losses import LossConfig, Schedule
+from twocet_nb.trainer import Trainer
+
+ALL_ON = LossConfig(cyc_e=Schedule.constant(1.0), code=Schedule.constant(1.0), ds=Schedule.constant(1.0))
+
+
+def trained(folder, steps=2, **changes):
+    "A tiny run of a few steps with every loss of the paper on."
+    config = preset('tiny', **dict(steps=steps, losses=ALL_ON, sample_every=99, save_every=99) | changes)
+    return Trainer(config, folder, quiet=True).fit()
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.networks.parameters()])
+
+
+def test_same_configuration_same_weights(tmp_path):
+    assert torch.equal(weights(trained(tmp_path/'a')), weights(trained(tmp_path/'b')))
+    assert not torch.equal(weights(trained(tmp_path/'c', seed=1)), weights(trained(tmp_path/'d')))
+
+
+def test_global_random_state_neither_read_nor_moved(tmp_path):
+    torch.manual_seed(1)
+    first, state = weights(trained(tmp_path/'a')), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, weights(trained(tmp_path/'b')))
+
+
+def test_workers_train_like_resident_memory(tmp_path):
+    resident = trained(tmp_path/'a', memory='resident')
+    assert torch.equal(weights(resident), weights(trained(tmp_path/'b', memory='workers')))
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(tmp_path):
+    full, half = (trained(tmp_path/p, steps=1, precision=p) for p in ('fp32', 'bf16'))
+    a, b = full.history.records[0], half.history.records[0]
+    assert a != b, 'bf16 changed nothing: autocast is not in use'
+    for name in a.keys() - {'step', 'seconds'}:
+        assert a[name] == pytest.approx(b[name], rel=.1, abs=.02), name
+    assert {p.dtype for p in half.networks.parameters()} == {torch.float32}
+
+
+def test_two_precisions_in_one_process(tmp_path):
+    for i, precision in enumerate(('bf16', 'fp32', 'bf16')):
+        run = trained(tmp_path/str(i), steps=1, precision=precision)
+        assert (run.accelerator.mixed_precision == 'bf16') == (precision == 'bf16')
+
+
+def test_gaussian_codes_are_another_run(tmp_path):
+    assert not torch.equal(weights(trained(tmp_path/'a', codes='gaussian')), weights(trained(tmp_path/'b')))
+
+
+@pytest.mark.parametrize('name', ['adv_e', 'adv_n', 'cyc_n', 'cyc_e', 'code', 'ds', 'r1'])
+def test_a_loss_switched_off_is_not_computed(tmp_path, name):
+    record = trained(tmp_path, steps=1, losses=ALL_ON.without(name)).history.records[0]
+    gone = {'adv_e': {'adv_e', 'd_e', 'r1_e'}, 'adv_n': {'adv_n', 'd_n', 'r1_n'}, 'r1': {'r1_e', 'r1_n'}}.get(name, {name})
+    everything = {'d_e', 'd_n', 'r1_e', 'r1_n', 'adv_e', 'adv_n', 'cyc_n', 'cyc_e', 'code', 'ds'}
+    assert record.keys() - {'step', 'seconds'} == everything - gone
+
+
+def test_proportional_diversity_is_a_switch(tmp_path):
+    plain = LossConfig(**{**ALL_ON.__dict__, 'proportional_diversity': False})
+    assert not torch.equal(weights(trained(tmp_path/'a', losses=plain)), weights(trained(tmp_path/'b')))
+
+
+def test_lazy_r1_is_computed_every_nth_sub_step(tmp_path):
+    run = Trainer(preset('tiny', losses=LossConfig(r1_every=4)), tmp_path, quiet=True)
+    counts = [len(run.train_step().get('r1_e', [])) for _ in range(4)]
+    assert counts == [1, 1, 1, 0]    # sub-steps 0 | 4 | 8 | none of 9, 10, 11
+
+
+def test_cycles_stand_three_to_two(tmp_path):
+    terms = Trainer(preset('tiny', losses=ALL_ON), tmp_path, quiet=True).train_step()
+    assert (len(terms['cyc_n']), len(terms['cyc_e'])) == (3, 2)
+
+
+def test_starts_from_another_run(tmp_path):
+    first = trained(tmp_path/'a')
+    second = Trainer(preset('tiny', start_from=str(tmp_path/'a')), tmp_path/'b', quiet=True)
+    for name in ('generator', 'encoder', 'discriminator'):
+        for a, b in zip(first.networks[name].parameters(), second.networks[name].parameters()):
+            assert torch.equal(a, b)
+    with pytest.raises(InputError, match='the run asks for'):
+        Trainer(preset('course', start_from=str(tmp_path/'a')), tmp_path/'c', quiet=True)
+    with pytest.raises(InputError, match='no such weights'):
+        Trainer(preset('tiny', start_from='nowhere'), tmp_path/'d', quiet=True)
+
+
+def test_resume_with_more_steps_changes_only_that(tmp_path):
+    trained(tmp_path, steps=2)
+    run = Trainer.resume(tmp_path, quiet=True, steps=4).fit()
+    assert run.step == 4 and read_config(tmp_path).steps == 4
+    assert [json.loads(line)['step'] for line in (tmp_path/'history.jsonl').read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_samples_say_that_they_are_synthetic(tmp_path):
+    trained(tmp_path, steps=1, sample_every=1)
+    assert 'synthetic' in Image.open(tmp_path/'samples/step-000001.png').info['Comment']
+
+
+def test_a_folder_without_test_people_can_be_trained_on(tmp_path):
+    from twocet_nb.data import bundled
+    for kind in ('a_n', 'b_e'):
+        (tmp_path/f'faces/train/{kind}').mkdir(parents=True)
+        for face in sorted((bundled('faces-64')/f'train/{kind}').iterdir())[:30]:
+            (tmp_path/f'faces/train/{kind}/{face.name}').write_bytes(face.read_bytes())
+    run = trained(tmp_path/'run', steps=1, data=str(tmp_path/'faces'), sample_every=1)
+    assert (run.run_dir/'samples/step-000001.png').exists()
