@@ -49,7 +49,7 @@ def start(*words):
                             stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path, process, seconds=600):
     """Wait until `path` exists or the process has ended."""
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None:
@@ -174,7 +174,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, train, undisturbed):
     process = start(*train, run)
     wait_for(run/'checkpoints/step-000003', process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     stopped = re.search(r'Stopped at step (\d+) of 12; go on with: twocet resume', out)
     assert process.returncode == 130 and stopped and 'Traceback' not in err, out + err
     assert int(checkpoints(run)[-1].name[-6:]) == int(stopped[1]) < STEPS

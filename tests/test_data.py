@@ -311,7 +311,7 @@ def test_two_processes_open_the_same_pack(tmp_path):
     racers = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [racer.stdout.readline() for racer in racers] == ['ready\n'] * 2
     go.touch()
-    answers = [racer.communicate(timeout=60)[0].strip() for racer in racers]
+    answers = [racer.communicate(timeout=600)[0].strip() for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0] and answers[0] == answers[1]
     assert [str(path) for path in (tmp_path / 'cache').iterdir()] == answers[:1]  # and no leftovers
     assert sum(1 for path in Path(answers[0]).rglob('*.webp')) == 2600

@@ -135,7 +135,7 @@ def image_grid(rows, scale=1, gap=2):
     rows = [[cell and ImageOps.scale(cell, scale) for cell in row] for row in rows]
     sizes = [cell.size for row in rows for cell in row if cell]
     if not sizes:
-        raise InputError('a grid needs at least one picture')
+        raise InputError('nothing to draw; mend: a grid needs at least one picture')
     width, height = (max(side) + gap for side in zip(*sizes))
     sheet = Image.new('RGB', (max(map(len, rows)) * width - gap, len(rows) * height - gap), 'white')
     for y, row in enumerate(rows):
@@ -166,7 +166,7 @@ def list_faces(root, split, face_type):
     Raises InputError for another split or face type, and when there are no images.
     """
     if split not in SPLITS or face_type not in (0, 1):
-        raise InputError(f'split {split!r}, face type {face_type!r}: pick from {SPLITS} and (0, 1)')
+        raise InputError(f'split {split!r}, face type {face_type!r}; mend: pick from {SPLITS} and (0, 1)')
     folder = Path(root) / split / FACE_FOLDERS[face_type]
     paths = sorted(path for path in folder.glob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
@@ -190,9 +190,9 @@ def split_identities(identities, test, seed=0):
     else:
         chosen = {test} if isinstance(test, str) else set(test)
     if unknown := sorted(chosen - set(people)):
-        raise InputError(f'cannot hold out {unknown}: no such identity')
+        raise InputError(f'cannot hold out {unknown}: no such identity; mend: check the spelling')
     if not 0 < len(chosen) < len(people):
-        raise InputError(f'cannot hold out {test} of {len(people)} people: both sides need at least one')
+        raise InputError(f'cannot hold out {test} of {len(people)} people; mend: both sides need at least one')
     return [p for p in people if p not in chosen], [p for p in people if p in chosen]
 
 # %% ../nbs/01_data.ipynb #00000025
@@ -236,7 +236,7 @@ class FaceFolder(_FaceFiles):
         """The place of the first face of this identity and class. Raises InputError if there is none."""
         names = list(zip(self.identities, self.classes))
         if (identity, cls) not in names:
-            raise InputError(f'no face of identity {identity!r} with class {cls} (a number) in this folder')
+            raise InputError(f'no face of identity {identity!r} with class {cls!r}; mend: see .identities and .classes (numbers)')
         return names.index((identity, cls))
 
     def face(self, identity, cls):
@@ -281,7 +281,7 @@ class _RawBatches(Dataset):
 def _place(folders, memory, limit, device):
     "Where the faces wait: ('resident', uint8 tensors on the device) or ('workers', the folders themselves)."
     if memory not in ('auto', 'resident', 'workers'):
-        raise InputError(f"memory {memory!r}: pick 'auto', 'resident' or 'workers'")
+        raise InputError(f"memory {memory!r}; mend: pick 'auto', 'resident' or 'workers'")
     if len({folder.size for folder in folders}) > 1:
         raise InputError(f'faces differ in size: {[folder.size for folder in folders]} px; mend: pass size=')
     if memory == 'auto':
@@ -305,7 +305,7 @@ class FaceBatches:
 
     def __getitem__(self, i):
         if i < 0:
-            raise InputError(f'batch {i}: batches are counted from 0')
+            raise InputError(f'batch {i}; mend: batches are counted from 0')
         return self._finish(i, self.raw[i])
 
     def iter_from(self, position=0):
@@ -432,7 +432,7 @@ def card(name):
     """
     cards = json.loads(_asset('faces.json').read_text(encoding='utf-8'))
     if name not in cards['packs']:
-        raise InputError(f'{name!r} is not bundled; pick from {", ".join(cards["packs"])}')
+        raise InputError(f'{name!r} is not bundled; mend: pick from {", ".join(cards["packs"])}')
     return {'name': name, **cards['common'], **cards['packs'][name]}
 
 # %% ../nbs/01_data.ipynb #00000047
@@ -440,7 +440,7 @@ def _write_member(folder, name, content, shrink):
     "Write one file of a pack; with `shrink` > 1 images are averaged over shrink x shrink px and become PNG."
     parts = PurePosixPath(name).parts
     if not parts or name.startswith('/') or '..' in parts or '\\' in name or ':' in name:
-        raise InputError(f'{name!r}: a member of the pack would be written outside its folder')
+        raise InputError(f'{name!r}: a member of the pack would be written outside its folder; mend: get the pack again')
     path = folder.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     if shrink > 1 and path.suffix == '.webp':

@@ -275,7 +275,7 @@ class _LossRecord(_LossAnswers):
 
 # %% ../nbs/04_losses.ipynb #00000044
 @dataclass(frozen=True)
-class LossConfig(_LossRecord, _Drawn):
+class LossConfig(_LossRecord):
     r"""Which losses a run uses and how much each weighs at each step; the defaults are the paper's (section 4.2).
 
     adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8), identity ($\|x - G(x, 0)\|_1$, ours, off): Schedules.
@@ -297,8 +297,9 @@ class LossConfig(_LossRecord, _Drawn):
         "For a short run on a CPU: draw first (identity), then act, with heavier L1 terms and a light, lazy R1."
         warm, full = max(1, steps * 27 // 400), max(3, steps * 37 // 400)
         early, late = max(4, steps * 241 // 1000), max(6, steps // 2)
+        turned = max(early + 1, steps * 11 // 40)
         on = lambda weight, by=full: ((0, 0.0), (warm, 0.0), (by, weight))
         return cls(identity=Schedule(((0, 1.0), (warm, 1.0), (full, 0.0))), adv_e=Schedule(on(1.0)), adv_n=Schedule(on(1.0)),
                    code=Schedule(on(3.0)), cyc_n=Schedule(on(5.0, warm + 1)), r1=0.1, r1_every=4,
-                   cyc_e=Schedule((*on(5.0, warm + 1), (early, 5.0), (max(5, steps * 11 // 40), 10.0))),
-                   ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (max(5, steps * 11 // 40), 1.0), (late, 0.5))))
+                   cyc_e=Schedule((*on(5.0, warm + 1), (early, 5.0), (turned, 10.0))),
+                   ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))

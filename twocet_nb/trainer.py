@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'AVERAGED', 'FACE_LETTERS', 'find_data', 'make_batches', 'with_averages', 'update_averages', 'make_fakes',
            'discriminator_loss', 'cycle_a_terms', 'cycle_b_terms', 'generator_loss', 'TrainingDiverged', 'check_finite',
-           'make_accelerator', 'make_optimizers', 'starting_networks', 'TrainingRun', 'draw_codes', 'in_precision',
-           'frozen', 'SteppingRun', 'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'fit']
+           'make_accelerator', 'make_optimizers', 'restore_moments', 'starting_networks', 'TrainingRun', 'draw_codes',
+           'in_precision', 'frozen', 'SteppingRun', 'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked',
+           'fit']
 
 # %% ../nbs/05_trainer.ipynb #00000003
 import copy, io, json, math, os, time
@@ -152,7 +153,7 @@ def check_finite(loss, terms, x_n, x_e, run_dir, step):
     folder = Path(run_dir)/f'diverged-{step:06d}'
     folder.mkdir(parents=True, exist_ok=True)
     image_grid([list(x_n), list(x_e)]).save(folder/'batch.png')
-    values = {name: float(term) for name, term in terms.items()}
+    values = {name: float(term.detach()) for name, term in terms.items()}
     (folder/'terms.json').write_text(json.dumps(values, indent=1))
     bad = ', '.join(name for name, value in values.items() if not math.isfinite(value)) or 'their sum'
     raise TrainingDiverged(f'step {step}: {bad} is not finite. The batch is in {folder.parent.name}/{folder.name}; look at it, '
@@ -175,6 +176,11 @@ def make_optimizers(networks, config):
             for name in ('generator', 'encoder', 'discriminator')}
 
 # %% ../nbs/05_trainer.ipynb #00000030
+def restore_moments(optimizer, saved):
+    "Adam's moments from a saved state; the learning rate stays the configuration's, which may have changed."
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved['state']))
+
+
 def starting_networks(config, resuming=False):
     "The five networks a run starts with: new ones from its seed, or, unless it is resumed, those of `config.start_from`."
     if resuming or not config.start_from: return with_averages(build_networks(config.network, config.seed))
@@ -185,14 +191,13 @@ def starting_networks(config, resuming=False):
 
 # %% ../nbs/05_trainer.ipynb #00000031
 class TrainingRun:
-    """All a run has: configuration, folder, networks, averages, optimisers, batches, history, and the step it is at.
+    """All a run has: configuration, folder, networks, optimisers, batches, history, and the step it is at.
 
-    checkpoint: the folder to continue from, None for a new run; quiet: draw nothing. Raises `InputError`.
-    """
+    checkpoint: folder to continue from, None: a new run; quiet: draw nothing. Raises `InputError`."""
     def __init__(self, config, run_dir, checkpoint=None, quiet=False):
         self.config, self.run_dir, self.step = checked(config), Path(run_dir), 0
         self.quiet = quiet or bool(os.environ.get('IN_TEST'))    # nbdev_test sets IN_TEST
-        if checkpoint is None and (self.run_dir/'config.json').exists():
+        if checkpoint is None and any(self.run_dir.glob('checkpoints/step-*')):
             raise InputError(f'{self.run_dir.name}: a run lives here already; resume it, or give the new run its own folder')
         self.device = pick_device(config.device)
         self.accelerator = make_accelerator(self.device, config.precision)
@@ -206,7 +211,7 @@ class TrainingRun:
         "Networks, optimisers and step as they were when `checkpoint` was written."
         training = load_checkpoint(Path(checkpoint), self.networks)
         self.step = training['step']
-        for name, optimizer in self.optimizers.items(): optimizer.load_state_dict(training['optimizers'][name])
+        for name, optimizer in self.optimizers.items(): restore_moments(optimizer, training['optimizers'][name])
 
     def save(self):
         "Write the checkpoint of this step and drop the oldest."
