@@ -295,9 +295,8 @@ class LossConfig(_LossRecord):
     @classmethod
     def course(cls, steps=4_000):
         "For a short run on a CPU: draw first (identity), then act, with heavier L1 terms and a light, lazy R1."
-        warm, full = max(1, steps * 27 // 400), max(3, steps * 37 // 400)
-        early, late = max(4, steps * 241 // 1000), max(6, steps // 2)
-        turned = max(early + 1, steps * 11 // 40)
+        warm, full, early = max(1, steps * 27 // 400), max(3, steps * 37 // 400), max(4, steps * 241 // 1000)
+        turned, late = max(early + 1, steps * 11 // 40), max(6, steps // 2)
         on = lambda weight, by=full: ((0, 0.0), (warm, 0.0), (by, weight))
         return cls(identity=Schedule(((0, 1.0), (warm, 1.0), (full, 0.0))), adv_e=Schedule(on(1.0)), adv_n=Schedule(on(1.0)),
                    code=Schedule(on(3.0)), cyc_n=Schedule(on(5.0, warm + 1)), r1=0.1, r1_every=4,

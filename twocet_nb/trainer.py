@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, image_grid, to_tensor
 from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalty, sample_codes
 from .networks import build_networks, pick_device
-from .config import TrainConfig, checked, preset, read_config, write_config
+from .config import TrainConfig, preset, read_config, write_config
 from .runs import (History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, open_networks,
                             prune_checkpoints, save_checkpoint, save_picture)
 
@@ -195,7 +195,7 @@ class TrainingRun:
 
     checkpoint: folder to continue from, None: a new run; quiet: draw nothing. Raises `InputError`."""
     def __init__(self, config, run_dir, checkpoint=None, quiet=False):
-        self.config, self.run_dir, self.step = checked(config), Path(run_dir), 0
+        self.config, self.run_dir, self.step = config, Path(run_dir), 0
         self.quiet = quiet or bool(os.environ.get('IN_TEST'))    # nbdev_test sets IN_TEST
         if checkpoint is None and any(self.run_dir.glob('checkpoints/step-*')):
             raise InputError(f'{self.run_dir.name}: a run lives here already; resume it, or give the new run its own folder')
