@@ -117,3 +117,9 @@ def test_a_folder_without_test_people_can_be_trained_on(tmp_path):
             (tmp_path/f'faces/train/{kind}/{face.name}').write_bytes(face.read_bytes())
     run = trained(tmp_path/'run', steps=1, data=str(tmp_path/'faces'), sample_every=1)
     assert (run.run_dir/'samples/step-000001.png').exists()
+
+
+def test_a_run_without_a_folder_gets_one_named_after_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Trainer(preset('tiny', steps=1), quiet=True).fit()
+    assert run.run_dir.parent.name == 'runs' and (tmp_path/run.run_dir/'config.json').exists()

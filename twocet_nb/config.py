@@ -96,6 +96,7 @@ def _tiny(steps=20, **changes):
     return _course(steps, **recipe | changes)
 
 PRESETS = dict(paper=TrainConfig, readme=_readme, course=_course, tiny=_tiny)
+for _name, _make in PRESETS.items(): setattr(TrainConfig, _name, staticmethod(_make))    # TrainConfig.course(steps=400)
 
 # %% ../nbs/04b_config.ipynb #00000013
 def preset(name, **changes):

@@ -16,7 +16,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-# %% ../nbs/05_trainer.ipynb #00000004
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/05_trainer.ipynb #00000005
+# %% ../nbs/05_trainer.ipynb #00000004
 from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, image_grid, to_tensor
 from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalty, sample_codes
 from .networks import build_networks, pick_device
@@ -47,7 +46,7 @@ def make_batches(config, device):
     return FaceBatches(*find_data(config.data, config.network.image_size, 'train'), config.batch_size, config.seed,
                        device, memory=config.memory, workers=config.workers)
 
-# %% ../nbs/05_trainer.ipynb #0000001b
+# %% ../nbs/05_trainer.ipynb #0000001e
 AVERAGED = ('generator', 'encoder')
 
 
@@ -70,7 +69,7 @@ def update_averages(networks, decay):
         for mean, now in zip(networks[f'{name}_ema'].parameters(), networks[name].parameters()):
             mean.lerp_(now, 1 - decay)
 
-# %% ../nbs/05_trainer.ipynb #00000021
+# %% ../nbs/05_trainer.ipynb #00000023
 def make_fakes(G, x_n, x_e, code, weights, both=True):
     """The fake faces one sub-step needs, {face_type: (N, 3, H, W)}: G(x_n, code) under 1 and G(x_e, 0) under 0.
 
@@ -81,7 +80,7 @@ def make_fakes(G, x_n, x_e, code, weights, both=True):
     if both and any(weights[name] for name in ('adv_n', 'cyc_e')): fakes[0] = G(x_e, torch.zeros_like(code))
     return fakes
 
-# %% ../nbs/05_trainer.ipynb #00000024
+# %% ../nbs/05_trainer.ipynb #00000026
 FACE_LETTERS = {0: 'n', 1: 'e'}
 
 
@@ -104,7 +103,7 @@ def discriminator_loss(D, reals, fakes, weights, r1=0., autocast=nullcontext):
         loss = part if loss is None else loss + part
     return loss, terms
 
-# %% ../nbs/05_trainer.ipynb #00000027
+# %% ../nbs/05_trainer.ipynb #00000029
 def cycle_a_terms(G, E, D, x_n, fake_e, code, code_2, weights, proportional=True):
     """The terms of cycle (a), neutral to emotional to neutral (equations 1 to 4), by name; those of weight 0 left out.
 
@@ -127,7 +126,7 @@ def cycle_b_terms(G, E, D, x_e, fake_n, weights):
     if weights['cyc_e']: terms['cyc_e'] = cycle_loss(x_e, G(fake_n, E(x_e)))
     return terms
 
-# %% ../nbs/05_trainer.ipynb #00000029
+# %% ../nbs/05_trainer.ipynb #0000002b
 def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True):
     """What E and G minimise in one sub-step (equations 5 and 8 added up), and its terms by name.
 
@@ -142,7 +141,7 @@ def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional
     signed = [(-1 if name == 'ds' else 1) * weights[name] * term for name, term in terms.items()]
     return (sum(signed) if signed else None), terms
 
-# %% ../nbs/05_trainer.ipynb #0000002c
+# %% ../nbs/05_trainer.ipynb #0000002e
 class TrainingDiverged(RuntimeError):
     "A loss was not finite; the message names the folder with the batch and the last whole checkpoint."
 
@@ -159,7 +158,7 @@ def check_finite(loss, terms, x_n, x_e, run_dir, step):
     raise TrainingDiverged(f'step {step}: {bad} is not finite. The batch is in {folder.parent.name}/{folder.name}; look at it, '
                            'then resume from the last checkpoint with a lower learning rate or more R1')
 
-# %% ../nbs/05_trainer.ipynb #0000002f
+# %% ../nbs/05_trainer.ipynb #00000031
 def make_accelerator(device, precision):
     """An accelerate `Accelerator` for one device and 'fp32' or 'bf16'.
 
@@ -175,7 +174,7 @@ def make_optimizers(networks, config):
                                    betas=(config.beta1, .99), weight_decay=config.weight_decay)
             for name in ('generator', 'encoder', 'discriminator')}
 
-# %% ../nbs/05_trainer.ipynb #00000030
+# %% ../nbs/05_trainer.ipynb #00000032
 def restore_moments(optimizer, saved):
     "Adam's moments from a saved state; the learning rate stays the configuration's, which may have changed."
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved['state']))
@@ -189,13 +188,13 @@ def starting_networks(config, resuming=False):
         raise InputError(f'start_from {config.start_from}: its networks are {found}, the run asks for {config.network}')
     return with_averages(networks)
 
-# %% ../nbs/05_trainer.ipynb #00000031
+# %% ../nbs/05_trainer.ipynb #00000033
 class TrainingRun:
     """All a run has: configuration, folder, networks, optimisers, batches, history, and the step it is at.
 
-    checkpoint: folder to continue from, None: a new run; quiet: draw nothing. Raises `InputError`."""
-    def __init__(self, config, run_dir, checkpoint=None, quiet=False):
-        self.config, self.run_dir, self.step = config, Path(run_dir), 0
+    run_dir: None makes one named after the time; checkpoint: the folder to continue from; quiet: draw nothing."""
+    def __init__(self, config, run_dir=None, checkpoint=None, quiet=False):
+        self.config, self.step, self.run_dir = config, 0, Path(run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
         self.quiet = quiet or bool(os.environ.get('IN_TEST'))    # nbdev_test sets IN_TEST
         if checkpoint is None and any(self.run_dir.glob('checkpoints/step-*')):
             raise InputError(f'{self.run_dir.name}: a run lives here already; resume it, or give the new run its own folder')
@@ -219,7 +218,7 @@ class TrainingRun:
         save_checkpoint(self.run_dir/f'checkpoints/step-{self.step:06d}', self.networks, self.config.network, training)
         prune_checkpoints(self.run_dir, self.config.keep)
 
-# %% ../nbs/05_trainer.ipynb #00000033
+# %% ../nbs/05_trainer.ipynb #00000035
 def draw_codes(config, number, device):
     "The two batches of random codes of sub-step `number`: a function of the seed and the number alone."
     generator = torch.Generator().manual_seed(_seed_from(config.seed, 'codes', number))
@@ -240,7 +239,7 @@ def frozen(network):
     try: yield
     finally: network.requires_grad_(True)
 
-# %% ../nbs/05_trainer.ipynb #00000034
+# %% ../nbs/05_trainer.ipynb #00000036
 class SteppingRun(TrainingRun):
     "A run that can do one sub-step: D learns from a batch, then G and E."
     def update(self, names, loss, terms, batch):
@@ -265,7 +264,7 @@ class SteppingRun(TrainingRun):
             self.update(['generator', 'encoder'], g_loss, g_terms, batch)
         return d_terms | g_terms
 
-# %% ../nbs/05_trainer.ipynb #00000036
+# %% ../nbs/05_trainer.ipynb #00000038
 def sample_faces(data, image_size, targets=4, references=6):
     "Neutral targets (T, 3, H, W) and emotional references (R, 3, H, W), spread evenly over the test people of `data`."
     root = bundled(data) if data in BUNDLED else Path(data)
@@ -284,11 +283,11 @@ def transfer_matrix(G, E, targets, references):
     rows = [[target, *G(target.expand(len(codes), -1, -1, -1), codes)] for target in targets]
     return [[None, *references], *rows]
 
-# %% ../nbs/05_trainer.ipynb #00000038
+# %% ../nbs/05_trainer.ipynb #00000039
 class Trainer(SteppingRun):
     """Trains 2CET-GAN: `Trainer(config, run_dir).fit()`, and `Trainer.resume(run_dir).fit()` to go on.
 
-    The folder gets config.json, history.jsonl, checkpoints/ and samples/.
+    config: `TrainConfig`; run_dir: a new folder (default: runs/ and the time). It gets config.json, history.jsonl, checkpoints/ and samples/.
     """
     @classmethod
     def resume(cls, run_dir, quiet=False, **changes):
@@ -313,7 +312,7 @@ class Trainer(SteppingRun):
         save_picture(picture, self.run_dir/f'samples/step-{self.step:06d}.png')
         return picture
 
-# %% ../nbs/05_trainer.ipynb #0000003a
+# %% ../nbs/05_trainer.ipynb #0000003b
 def summary(step, seconds, pending):
     "One record of the history: the mean of every term collected in `pending`, which is emptied."
     means = {name: round(torch.stack(values).mean().item(), 5) for name, values in pending.items()}
@@ -329,7 +328,7 @@ def stacked(history, picture):
     page.paste(picture, (0, curves.height))
     return page
 
-# %% ../nbs/05_trainer.ipynb #0000003c
+# %% ../nbs/05_trainer.ipynb #0000003d
 def fit(run, steps=None):
     """Train `run` until step `steps` (default: its configuration's), then write a checkpoint. Returns the run.
 
