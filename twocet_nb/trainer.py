@@ -28,8 +28,7 @@ from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, imag
 from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalty, sample_codes
 from .networks import build_networks, pick_device
 from .config import TrainConfig, preset, read_config, write_config
-from .runs import (History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, open_networks,
-                            prune_checkpoints, save_checkpoint, save_picture)
+from .runs import History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, open_networks, prune_checkpoints, save_checkpoint, save_picture
 
 # %% ../nbs/05_trainer.ipynb #00000007
 BUNDLED = ('faces-64', 'faces-128')
