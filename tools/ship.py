@@ -1,23 +1,15 @@
 """Put the newest checkpoint of a run into data/ as shipped weights, with a card that says where they come from."""
 import argparse
 import json
-import subprocess
 from pathlib import Path
 
 from twocet_nb import data, runs, transfer
 from twocet_nb.config import read_config
+from twocet_nb.demo import commit
 from twocet_nb.networks import save_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ['generator', 'encoder', 'discriminator', 'generator_ema', 'encoder_ema']
-
-
-def commit():
-    "The commit the code is at, with a + if files differ from it."
-    git = ['git', '-C', str(ROOT)]
-    name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, 'status', '--porcelain', '--', 'twocet_nb'], capture_output=True, text=True).stdout
-    return name + ('+' if changed else '')
 
 
 def thin(records, most=200):

@@ -16,9 +16,9 @@ from . import __version__
 # %% ../nbs/11_cli.ipynb #00000007
 def check(args):
     "Print what `check_dataset` found. Raises `InputError` if that is any problem."
-    from twocet_nb.data import InputError, bundled, check_dataset
-    from twocet_nb.trainer import BUNDLED
-    report = check_dataset(bundled(args.root) if args.root in BUNDLED else args.root)
+    from twocet_nb.data import InputError, check_dataset
+    from twocet_nb.trainer import data_root
+    report = check_dataset(data_root(args.root))
     print(report)
     if not report.ok: raise InputError(f'{args.root}: {len(report.problems)} problem(s), listed above')
 

@@ -22,7 +22,7 @@ from . import __version__
 from .data import InputError, _asset, bundled, card, face_name, image_grid, list_faces
 from .losses import LossConfig, Schedule
 from .networks import read_card, write_atomically
-from .runs import SHIPPED, plot_history, save_picture
+from .runs import plot_history, save_picture, weights_path
 from .trainer import Trainer, preset
 from .transfer import TwoCET, judge, judgement
 
@@ -71,7 +71,7 @@ def short_run(run_dir, weights='faces-64', steps=20, **changes):
 
     changes: any other setting of a run. Returns the `Trainer`; Ctrl-C saves what is trained and then interrupts the demo as well.
     """
-    shipped = read_card(_asset(SHIPPED[weights]))
+    shipped = read_card(weights_path(weights))
     start_from = weights if TRAINABLE <= set(shipped['networks']) else ''
     settings = dict(data=weights, start_from=start_from, steps=steps, losses=present_losses(shipped['extra'], steps),
                     log_every=1, sample_every=steps, save_every=steps)
@@ -92,7 +92,8 @@ def commit():
 
 def provenance(weights='faces-64', seed=0, steps=20):
     "What a demo is made of, {what: value}, ready for JSON. steps: of the short training run."
-    file, made = _asset(SHIPPED[weights]), read_card(_asset(SHIPPED[weights]))['extra']
+    file = weights_path(weights)
+    made = read_card(file)['extra']
     recipe = f'{made["command"]} (step {made["step"]})' if 'command' in made else 'not said'
     versions = {'twocet_nb': __version__, 'commit': commit(), 'Python': platform.python_version(),
                 'torch': torch.__version__, 'torchvision': torchvision.__version__, 'machine': platform.platform()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'SYNTHETIC', 'History', 'plot_history', 'save_checkpoint', 'latest_checkpoint', 'prune_checkpoints',
-           'load_checkpoint', 'open_networks', 'SyntheticImage', 'save_picture', 'finish_on_interrupt', 'LiveView']
+           'load_checkpoint', 'weights_path', 'open_networks', 'SyntheticImage', 'save_picture', 'finish_on_interrupt',
+           'LiveView']
 
 # %% ../nbs/04a_runs.ipynb #00000003
 import io, json, os, pickle, re, shutil, signal, sys, threading
@@ -174,13 +175,17 @@ def load_checkpoint(folder, networks):
 # %% ../nbs/04a_runs.ipynb #00000034
 SHIPPED = {'faces-64': 'weights-faces-64.safetensors'}
 
+def weights_path(place):
+    "The file of the shipped weights called `place`; any other `place` is a path itself."
+    return _asset(SHIPPED[place]) if place in SHIPPED else Path(place)
+
 def open_networks(place, names, device='cpu'):
     """Networks from `place`: a shipped name ('faces-64'), a .safetensors file, the folder of a run, or one checkpoint.
 
     names: which of generator, encoder, discriminator, generator_ema, encoder_ema. device: where to put them.
     Returns (NetworkConfig, {name: network}). Raises InputError naming the file that is missing, damaged or unfit.
     """
-    path = _asset(SHIPPED[place]) if place in SHIPPED else Path(place)
+    path = weights_path(place)
     if path.is_file(): return load_networks(path, names, device)
     if not path.is_dir():
         raise InputError(f'{path}: no such weights; mend: give a file, the folder of a run, or one of {", ".join(SHIPPED)}')

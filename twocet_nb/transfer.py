@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .data import FACE_FOLDERS, InputError, _asset, image_grid, to_pil, to_tensor
+from .data import FACE_FOLDERS, InputError, image_grid, to_pil, to_tensor
 from .losses import sample_codes
 from .networks import count_parameters, load_official, pick_device, read_card, save_networks
-from .runs import SHIPPED, SyntheticImage, open_networks
+from .runs import SHIPPED, SyntheticImage, open_networks, weights_path
 from .trainer import find_data
 
 # %% ../nbs/06_transfer.ipynb #00000009
@@ -186,7 +186,7 @@ def load(cls, place, device='auto'):
 
     A file without averages gives the plain ones. Raises InputError naming what is missing, damaged or a pickle.
     """
-    path = _asset(SHIPPED[place]) if place in SHIPPED else Path(place)
+    path = weights_path(place)
     card = read_card(path) if path.is_file() else {}
     ending = '_ema' if 'generator_ema' in card.get('networks', ['generator_ema']) else ''
     config, networks = open_networks(path, [f'generator{ending}', f'encoder{ending}'])
