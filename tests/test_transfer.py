@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 
 from twocet_nb import transfer
-from twocet_nb.data import InputError, bundled, to_pil, to_tensor
+from twocet_nb.data import InputError, bundled, card, to_pil, to_tensor
 from twocet_nb.networks import OFFICIAL_KEYS, NetworkConfig, build_networks, save_networks
 from twocet_nb.runs import SYNTHETIC, SyntheticImage, save_checkpoint, save_picture
 from twocet_nb.transfer import CHECKS, CHUNK, TwoCET, judge, judgement, print_judgement
 
 CONFIG = NetworkConfig.tiny()
 SIZE, DIM = CONFIG.image_size, CONFIG.code_dim
+TEST_IDS = card('faces-64')['test_ids']
 
 
 @pytest.fixture(scope='module')
@@ -339,7 +340,7 @@ def test_official_files_that_will_not_do(networks, tmp_path):
 
 # The judge
 
-def small_dataset(root, people=('023', '048'), classes=(1, 2, 6)):
+def small_dataset(root, people=TEST_IDS[:2], classes=(1, 2, 6)):
     for person in people:
         for cls in classes:
             name = f'test/{"b_e" if cls > 1 else "a_n"}/{person}_{cls:02d}.png'
@@ -389,4 +390,4 @@ def test_partners_are_what_they_are_called(monkeypatch, tmp_path):
 
 def test_one_person_cannot_be_judged(model, tmp_path):
     with pytest.raises(InputError, match='two people'):
-        judge(model, small_dataset(tmp_path, people=['023']))
+        judge(model, small_dataset(tmp_path, people=TEST_IDS[:1]))

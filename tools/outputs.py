@@ -23,7 +23,7 @@ def run(path):
 
 def main():
     os.environ['OMP_NUM_THREADS'] = '1'
-    paths = [path for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) + [ROOT/'nbs/index.ipynb']
+    paths = [path for path in sorted((ROOT/'nbs').rglob('[0-9]*.ipynb')) + [ROOT/'nbs/index.ipynb']
              if not sys.argv[1:] or path.stem in sys.argv[1:]]
     for path in paths:
         run(path)

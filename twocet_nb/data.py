@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'SPLITS', 'FACE_FOLDERS', 'InputError', 'expect_error', 'read_face', 'to_pil',
            'to_tensor', 'image_grid', 'face_name', 'list_faces', 'split_identities', 'FaceFolder', 'augment',
-           'draw_indices', 'FaceBatches', 'DatasetReport', 'check_dataset', 'card', 'bundled']
+           'draw_indices', 'FaceBatches', 'DatasetReport', 'check_dataset', 'packs', 'card', 'bundled']
 
 # %% ../nbs/01_data.ipynb #00000003
 import hashlib, io, itertools, json, os, tempfile, zipfile
@@ -425,12 +425,18 @@ def _asset(name):
     inside = package / 'assets' / name
     return inside if inside.exists() else package.parent / 'data' / name
 
+def _cards(): return json.loads(_asset('faces.json').read_text(encoding='utf-8'))
+
+def packs():
+    """Names of the bundled packs."""
+    return list(_cards()['packs'])
+
 def card(name):
     """What is known about a bundled pack, as a dict: file, sha256, size (px), licence, origin, people, test_ids ...
 
     Raises InputError for a name that is not bundled.
     """
-    cards = json.loads(_asset('faces.json').read_text(encoding='utf-8'))
+    cards = _cards()
     if name not in cards['packs']:
         raise InputError(f'{name!r} is not bundled; mend: pick from {", ".join(cards["packs"])}')
     return {'name': name, **cards['common'], **cards['packs'][name]}
@@ -446,7 +452,7 @@ def _write_member(folder, name, content, shrink):
     if shrink > 1 and path.suffix == '.webp':
         Image.open(io.BytesIO(content)).reduce(shrink).save(path.with_suffix('.png'))
     else:
-        path.write_bytes(content.replace(b'.webp,', b'.png,') if shrink > 1 and name == 'images.csv' else content)
+        path.write_bytes(content.replace(b'.webp,', b'.png,') if shrink > 1 and path.suffix == '.csv' else content)
 
 def _unpack(content, folder, shrink):
     "Unpack beside `folder`, then rename: another process sees a whole folder or none."
@@ -471,7 +477,7 @@ def _read_archive(path, sha256):
     return content
 
 def bundled(name):
-    """The folder of a bundled pack, 'faces-64' or 'faces-128', unpacked on first use into the folder contract.
+    """The folder of a bundled pack, 'faces-64' for example (`packs()` names all), unpacked on first use.
 
     It stands in the cache folder: the environment variable TWOCET_CACHE, else the user's own.
     Safe when several processes call it at once. Raises InputError for another name or a damaged pack.
