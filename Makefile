@@ -8,7 +8,7 @@ OUT     ?= runs/demo
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test docs prepare outputs judge ship clean
+.PHONY: help demo lab test docs prepare outputs judge ship faces clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -47,10 +47,15 @@ ship: .venv/with-base  ## put the weights of a run into data/: make ship RUN=run
 	@test -n "$(RUN)" || { echo 'Say which run: make ship RUN=runs/NAME'; exit 2; }
 	$(BIN)/python tools/ship.py $(RUN) --note '$(NOTE)'
 
+faces: .venv/with-faces  ## render the bundled faces anew, an hour on two cores; stopped, it goes on: runs/faces, then data/
+	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --workers $(WORKERS) runs/faces/cfee
+	$(BIN)/twocet faces make --identities 12 --protocol rafd --test 2 --seed 1 --workers $(WORKERS) runs/faces/rafd
+	$(BIN)/python tools/pack.py runs/faces
+
 clean:  ## remove .venv and everything built; runs/ stays
 	rm -rf .venv build dist _proc *.egg-info .pytest_cache
 
-# .venv/with-dev is the stamp of `pip install -e .[dev]`, with-docs of [docs], with-base of the package alone.
+# .venv/with-dev is the stamp of `pip install -e .[dev]`, with-docs of [docs], with-faces of [faces], with-base of the package alone.
 # Repeating an interrupted set-up repairs it. uv is used where it is installed: it is many times faster.
 .venv/with-%: settings.ini setup.py
 	@test -n "$(PY)" || { echo 'twocet_nb needs Python 3.11 or newer: install one, or name it: make PY=/path/to/python3.11 ...'; exit 2; }

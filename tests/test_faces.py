@@ -129,7 +129,7 @@ def test_rafd_cameras_fire_at_the_same_moment():
         identity, angle, gaze, cls = Path(shot.file).stem.split('_')
         moments.setdefault((identity, gaze, cls), []).append(shot)
         assert shot.camera.angle == {'045': -45, '090': 0, '135': 45}[angle]
-        assert abs(shot.expression.gaze[0] - {'left': -24, 'frontal': 0, 'right': 24}[gaze]) < 6
+        assert abs(shot.expression.gaze[0] - {'0': 0, '1': -24, '2': 24}[gaze]) < 6
     assert len(moments) == 2*3*8 and all(len(shots) == 3 and shots[0].expression == shots[1].expression for shots in moments.values())
 
 

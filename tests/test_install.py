@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKED = ('setup.py', 'pyproject.toml', 'settings.ini', 'MANIFEST.in', 'README.md', 'LICENSE', 'twocet_nb', 'data')
-DEVELOPMENT_ONLY = ('nbdev', 'fastcore', 'execnb', 'jupyterlab', 'IPython', 'ipywidgets', 'nbclient', 'pytest')
+DEVELOPMENT_ONLY = ('nbdev', 'fastcore', 'execnb', 'jupyterlab', 'IPython', 'ipywidgets', 'nbclient', 'pytest', 'mitsuba')
 
 PROBE = '''
 import importlib, importlib.util, pkgutil, sys
@@ -98,6 +98,15 @@ def test_modules_and_bundled_faces(installed, tmp_path):
     programs, variables = installed
     pictures = run(programs/'python', '-c', PROBE, *DEVELOPMENT_ONLY, cwd=tmp_path, env=variables)
     assert int(pictures) > 100
+
+
+def test_without_mitsuba_all_but_rendering_works(installed, tmp_path):
+    programs, variables = installed
+    program = ('from twocet_nb.faces import Expression, Identity, render\n'
+               'person = Identity.sample(1).mix(Identity.sample(2), .5); print((Expression.sample("happy", 1)*.5).emotion)\n'
+               'try: render(person)\nexcept ValueError as error: print(error)')
+    said = run(programs/'python', '-c', program, cwd=tmp_path, env=variables)
+    assert said.startswith('happy') and "pip install 'twocet_nb[faces]'" in said
 
 
 def test_command_line(installed, tmp_path):

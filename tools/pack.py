@@ -1,7 +1,7 @@
-"""Put rendered packs into data/: python tools/pack.py runs/faces (see `make faces` in the Makefile).
+"""Put rendered packs into data/: python tools/pack.py runs/faces (the last step of `make faces`).
 
-The folder holds what `twocet faces make` made, `cfee` and `rafd`, and `truth` made from the first. Each becomes a zip in data/
-with its card in data/faces.json, and its hash in data/README.md.
+The folder holds what `twocet faces make` made, `cfee` and `rafd`; the truth of test pairs of the first is rendered beside them.
+Each becomes a zip in data/, with its card in data/faces.json and its hash in data/README.md.
 """
 import hashlib
 import json
@@ -9,9 +9,10 @@ import re
 import sys
 from pathlib import Path
 
-from twocet_nb.faces.pack import zip_pack
+from twocet_nb.faces.pack import make_truth, zip_pack
 
 DATA = Path(__file__).resolve().parents[1]/'data'
+PAIRS = 208  # the eight neutral test faces x 26: every class eight or nine times
 FILES = {'cfee': 'faces-128.zip', 'rafd': 'angles-128.zip', 'truth': 'truth-128.zip'}
 
 
@@ -26,13 +27,14 @@ def add(folder, file):
 
 
 def main(root):
+    if make_truth(root/'cfee', root/'truth', PAIRS): sys.exit('interrupted; the same command goes on')
     files = {file: add(root/name, file) for name, file in FILES.items()}
     packs = {f'{Path(file).stem.removesuffix("-128")}-{size}': dict(file=file, size=size, shrink=128//size)
              for file in files for size in (64, 128)}
     (DATA/'faces.json').write_text(json.dumps({'files': files, 'packs': packs}, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     readme = (DATA/'README.md').read_text(encoding='utf-8')
     for file, card in files.items():
-        readme = re.sub(rf'(`{re.escape(file)}`.*?\| sha256 \| `)\w*', rf'\g<1>{card["sha256"]}', readme, count=1, flags=re.DOTALL)
+        readme = re.sub(rf'(\| pack \| `{re.escape(file)}`.*?\| sha256 \| `)\w*', rf'\g<1>{card["sha256"]}', readme, count=1, flags=re.DOTALL)
     (DATA/'README.md').write_text(readme, encoding='utf-8')
 
 

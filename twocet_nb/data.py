@@ -439,7 +439,8 @@ def card(name):
     cards = _cards()
     if name not in cards['packs']:
         raise InputError(f'{name!r} is not bundled; mend: pick from {", ".join(cards["packs"])}')
-    return {'name': name, **cards['common'], **cards['packs'][name]}
+    pack = cards['packs'][name]
+    return {**cards['files'][pack['file']], 'name': name, **pack}
 
 # %% ../nbs/01_data.ipynb #00000047
 def _write_member(folder, name, content, shrink):

@@ -121,7 +121,7 @@ def render_all(shots, out, workers=2, quiet=False):
 NOTES = [
     'Nobody in this pack exists. Heads from MakeHuman assets (CC0); skin, hair and expressions are drawn from numbers.',
     'Required action units after Du, Tao & Martinez (2014), from memory; the probabilities of the optional ones are unverified, the intensities our own.',
-    'Classes 25 (contemptuous) and 26 (sleepy / bored) are our own. Class numbers are those of this package: CFEE\'s differ from 08 on.',
+    'Classes 23 to 26 are our own; others are sharpened to be read at 128 px. Class numbers are this package\'s: CFEE\'s differ from 08 on.',
     'Good game characters, not photographs: what holds for them need not hold for people.',
 ]
 
@@ -217,9 +217,12 @@ def truth_shot(target, reference):
 def truth(target, reference, size=None):
     """The exact answer to a transfer, a PIL image: the target's person with what the reference's face does.
 
-    target, reference: paths of images inside a pack, or `Shot`s; size: px, by default the target's. Raises InputError for other images.
+    target, reference: paths of images inside a pack, or `Shot`s; size: px, by default that of the target's picture.
+    Raises InputError for other images.
     """
-    return truth_shot(target, reference).render(size)
+    shot = truth_shot(target, reference)
+    if size or isinstance(target, Shot): return shot.render(size)
+    return shot.render().reduce(shot.size//read_face(target).width)  # faces-64 is faces-128 with four pixels averaged
 
 # %% ../../nbs/faces/07_pack.ipynb #00000030
 def truth_pairs(root, n=200, seed=0):

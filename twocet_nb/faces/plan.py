@@ -32,7 +32,7 @@ class Protocol(NamedTuple):
 FRONTAL = {'': 0}
 PROTOCOLS = {
     'cfee': Protocol({emotion.number: name for name, emotion in EMOTIONS.items()}, FRONTAL, FRONTAL),
-    'rafd': Protocol(RAFD_EMOTIONS, {'045': -45, '090': 0, '135': 45}, {'left': -24, 'frontal': 0, 'right': 24}),
+    'rafd': Protocol(RAFD_EMOTIONS, {'045': -45, '090': 0, '135': 45}, {'0': 0, '1': -24, '2': 24}),
 }
 
 # %% ../../nbs/faces/06a_plan.ipynb #0000000a
@@ -89,7 +89,7 @@ def _shots_of(person, name, split, protocol, seed, settings):
             expression, pose = _perform(person, emotion, int(rng.integers(2**31)), degrees), _pose(rng)
             for angle, camera_degrees in protocol.angles.items():
                 stem = '_'.join(filter(None, [name, angle, gaze, f'{cls:02d}']))
-                yield Shot(f'{split}/{FACE_FOLDERS[emotion != "neutral"]}/{stem}.webp', person, expression,
+                yield Shot(f'{split}/{FACE_FOLDERS[emotion != "neutral" or degrees != 0]}/{stem}.webp', person, expression,
                            Camera(float(camera_degrees), **pose), int(rng.integers(2**31)), **settings)
 
 # %% ../../nbs/faces/06a_plan.ipynb #0000001b

@@ -18,9 +18,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from ..data import InputError
-from .appearance import BACKGROUND, eye_texture, from_linear, skin_texture, teeth_texture, to_linear, wrinkles
+from .appearance import BACKGROUND, eye_texture, from_linear, hair_colour, skin_texture, teeth_texture, to_linear, wrinkles
+from .brows import beard, brows, lashes
 from .expression import Expression
-from .hair import beard, brows, hair_colour, lashes, scalp_hair
+from .hair import scalp_hair
 from .head import landmarks as landmarks_in_space
 from .head import head, normals, skin_coordinates, turn_eyes, unit
 from .identity import placement
