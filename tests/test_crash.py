@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL'
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Bundled faces of two people, one to train on: opening 2600 files would take most of the time here."""
+    """Bundled faces of two people, one to train on: opening thousands of files would take most of the time here."""
     root, few = bundled('faces-64'), tmp_path_factory.mktemp('few')
     for split in SPLITS:
         for face_type, folder in enumerate(FACE_FOLDERS):
