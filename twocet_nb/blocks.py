@@ -90,11 +90,15 @@ class AdaIN(nn.Module):
         self.norm = nn.InstanceNorm2d(channels)
         self.affine = nn.Linear(code_dim, 2 * channels)
 
-    def forward(self, x, code):
+    def scale_and_shift(self, x, code):
+        "gamma and beta of each image and channel, both (N, C)."
         wanted = (len(x), self.affine.in_features)
         if code.shape != wanted:
             raise InputError(f'codes of shape {tuple(code.shape)} for {len(x)} images; mend: give one code an image, shape {wanted}')
-        gamma, beta = self.affine(code)[:, :, None, None].chunk(2, dim=1)
+        return self.affine(code).chunk(2, dim=1)
+
+    def forward(self, x, code):
+        gamma, beta = (values[:, :, None, None] for values in self.scale_and_shift(x, code))
         return (1 + gamma) * self.norm(x) + beta
 
 # %% ../nbs/02_blocks.ipynb #0000003c

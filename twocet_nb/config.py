@@ -13,6 +13,7 @@ from pathlib import Path
 from .data import InputError
 from .losses import LossConfig
 from .networks import NetworkConfig, write_atomically
+from .speed import Speed
 
 # %% ../nbs/04b_config.ipynb #00000007
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class RunOptions:
     """How and where a run is carried out.
 
     precision: 'fp32' or 'bf16' (bfloat16 inside the networks); device: as in `pick_device`; memory, workers: as in
-    `FaceBatches`; log_every, sample_every, save_every: in steps; keep: how many checkpoints stay (0: all).
+    `FaceBatches`; log_every, sample_every, save_every: in steps; keep: how many checkpoints stay (0: all); eval_every: steps
+    between two evaluations (0: none), best_by: the number in them by which the best checkpoint is kept, the lowest is the best;
+    trackers: 'tensorboard' or others that accelerate knows, separated by commas; speed: see `Speed`.
     """
     precision: str = 'fp32'
     device: str = 'auto'
@@ -30,11 +33,15 @@ class RunOptions:
     sample_every: int = 500
     save_every: int = 500
     keep: int = 3
+    eval_every: int = 5000
+    best_by: str = 'cross_l1'
+    trackers: str = ''
+    speed: Speed = Speed()
 
 # %% ../nbs/04b_config.ipynb #0000000a
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
-             | dict.fromkeys(('workers', 'keep', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay'), 0))
+             | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay'), 0))
 _BELOW = dict(beta1=1, ema_decay=1)
 
 def checked(config):
@@ -113,7 +120,7 @@ def preset(name, **changes):
 def write_config(config, run_dir):
     """Write config.json into the folder of a run, whole or not at all. Raises InputError on a full disk."""
     plain = {field.name: getattr(config, field.name) for field in fields(config)}
-    plain |= dict(network=config.network.to_dict(), losses=config.losses.to_dict())
+    plain |= dict(network=config.network.to_dict(), losses=config.losses.to_dict(), speed=config.speed.to_dict())
     write_atomically(Path(run_dir)/'config.json', json.dumps(plain, indent=1).encode())
 
 def read_config(run_dir):
@@ -123,7 +130,8 @@ def read_config(run_dir):
         raise InputError(f'{run_dir}: no run here (no config.json); mend: give the folder that `twocet train` made')
     try:
         plain = json.loads(path.read_text(encoding='utf-8'))
-        parts = dict(network=NetworkConfig.from_dict(plain['network']), losses=LossConfig.from_dict(plain['losses']))
+        parts = dict(network=NetworkConfig.from_dict(plain['network']), losses=LossConfig.from_dict(plain['losses']),
+                     speed=Speed.from_dict(plain.get('speed', {})))    # runs of older versions have none
         return TrainConfig(**plain | parts)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, KeyError): error = f'{error} is missing'

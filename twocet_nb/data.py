@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'SPLITS', 'FACE_FOLDERS', 'InputError', 'expect_error', 'read_face', 'to_pil',
            'to_tensor', 'image_grid', 'face_name', 'list_faces', 'split_identities', 'FaceFolder', 'augment',
-           'draw_indices', 'FaceBatches', 'DatasetReport', 'check_dataset', 'packs', 'card', 'bundled']
+           'draw_indices', 'share_of', 'FaceBatches', 'DatasetReport', 'check_dataset', 'packs', 'card', 'bundled']
 
 # %% ../nbs/01_data.ipynb #00000003
 import hashlib, io, itertools, json, os, tempfile, zipfile
@@ -244,11 +244,12 @@ class FaceFolder(_FaceFiles):
         return _to_unit(self[self.index(identity, cls)])
 
 # %% ../nbs/01_data.ipynb #0000002b
-def augment(images, seed):
+def augment(images, seed, first=0):
     """The training augmentation, each image on its own: crop (p = 0.5), mirror (p = 0.5), resize.
 
     images: (N, 3, S, S) on any device, float in [-1, 1] or uint8; the result has the same shape, type and range.
-    seed: fixes every choice, the same on CPU and GPU; the global random state is left alone.
+    seed: fixes every choice, the same on CPU and GPU; the global random state is left alone. first: number of the first image,
+    if these are a part of a batch: image by image the choices are those of the whole batch.
     """
     size = images.shape[-1]
     steps = v2.Compose([
@@ -256,8 +257,10 @@ def augment(images, seed):
         v2.RandomHorizontalFlip(0.5),
         v2.Resize(size, antialias=True)])
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
-        return torch.stack([steps(image) for image in images])
+        def one(k, image):
+            torch.default_generator.manual_seed(_seed_from(seed, k))  # torch.manual_seed would reseed the GPUs too
+            return steps(image)
+        return torch.stack([one(k, image) for k, image in enumerate(images, first)])
 
 # %% ../nbs/01_data.ipynb #0000002f
 def draw_indices(n, start, count, seed):
@@ -268,15 +271,24 @@ def draw_indices(n, start, count, seed):
 
 # %% ../nbs/01_data.ipynb #00000033
 class _RawBatches(Dataset):
-    "Item i is batch i before augmentation: two (batch, 3, S, S) uint8 tensors."
-    def __init__(self, faces, batch_size, seed):
-        self.faces, self.batch_size, self.seed = faces, batch_size, seed
+    "Item i is (a share of) batch i before augmentation: two uint8 tensors. share: a slice of the batch."
+    def __init__(self, faces, batch_size, seed, share):
+        self.faces, self.batch_size, self.seed, self.share = faces, batch_size, seed, share
 
     def __getitem__(self, i):
-        draws = [draw_indices(len(faces), i * self.batch_size, self.batch_size, (self.seed, face_type))
+        draws = [draw_indices(len(faces), i * self.batch_size, self.batch_size, (self.seed, face_type))[self.share]
                  for face_type, faces in enumerate(self.faces)]
         return [faces[draw.to(faces.device)] if isinstance(faces, torch.Tensor)
                 else torch.stack([faces[j] for j in draw]) for faces, draw in zip(self.faces, draws)]
+
+def share_of(batch_size, rank=0, world=1):
+    """The slice of a batch that process number `rank` of `world` works on; the shares are equal and do not overlap.
+
+    Raises InputError when the batch cannot be divided evenly.
+    """
+    if batch_size % world:
+        raise InputError(f'a batch of {batch_size} faces for {world} processes; mend: make batch_size a multiple of {world}')
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 def _place(folders, memory, limit, device):
     "Where the faces wait: ('resident', uint8 tensors on the device) or ('workers', the folders themselves)."
@@ -295,11 +307,12 @@ class FaceBatches:
     neutral, emotional: `FaceFolder`s of one size, drawn from independently. Batch i depends on `seed` and i only.
     device: where batches are made. augmented: apply `augment`. memory: 'resident' keeps all as uint8 on the device;
     'workers' reads files in that many `workers` (0: this process); 'auto' is resident up to `limit` bytes. Same bits.
+    rank, world: of several processes, each gets its `share_of` every batch.
     """
     def __init__(self, neutral, emotional, batch_size=8, seed=0, device='cpu', augmented=True,
-                 memory='auto', workers=0, limit=2**31):
+                 memory='auto', workers=0, limit=2**31, rank=0, world=1):
         self.memory, faces = _place((neutral, emotional), memory, limit, device)
-        self.raw = _RawBatches(faces, batch_size, seed)
+        self.raw = _RawBatches(faces, batch_size, seed, share_of(batch_size, rank, world))
         self.seed, self.device, self.augmented = seed, device, augmented
         self.workers = workers if self.memory == 'workers' else 0
 
@@ -317,7 +330,7 @@ class FaceBatches:
     def _finish(self, i, raw):
         batch = [_to_unit(pixels.to(self.device)) for pixels in raw]
         seeds = [_seed_from(self.seed, 'augment', face_type, i) for face_type in (0, 1)]
-        return tuple(map(augment, batch, seeds)) if self.augmented else tuple(batch)
+        return tuple(augment(x, seed, self.raw.share.start) for x, seed in zip(batch, seeds)) if self.augmented else tuple(batch)
 
 # %% ../nbs/01_data.ipynb #00000039
 def _look_at(path):
