@@ -19,8 +19,8 @@ from PIL import Image
 from twocet_nb import runs
 from twocet_nb.data import InputError
 from twocet_nb.networks import NetworkConfig, build_networks
-from twocet_nb.runs import (History, LiveView, SyntheticImage, finish_on_interrupt, latest_checkpoint, load_checkpoint,
-                            open_networks, prune_checkpoints, save_checkpoint, save_picture)
+from twocet_nb.runs import (History, LiveView, SyntheticImage, best_checkpoint, finish_on_interrupt, latest_checkpoint,
+                            load_checkpoint, mark_best, open_networks, prune_checkpoints, save_checkpoint, save_picture)
 
 TINY = NetworkConfig.tiny()
 PARTS = {'generator.safetensors', 'encoder.safetensors', 'discriminator.safetensors', 'training.pt'}
@@ -236,6 +236,45 @@ def test_no_checkpoint(tmp_path, missing):
     with pytest.raises(InputError, match='no checkpoint here; mend'):
         latest_checkpoint(tmp_path/missing)
     prune_checkpoints(tmp_path/missing, keep=1)
+
+
+def test_the_best_checkpoint_is_never_pruned(run_dir, networks):
+    mark_best(run_dir, 'step-000001')
+    for step in (3, 4):
+        save_checkpoint(run_dir/f'checkpoints/step-{step:06d}', networks, TINY, dict(step=step))
+        prune_checkpoints(run_dir, keep=1)
+        names = {path.name for path in (run_dir/'checkpoints').glob('step-*')}
+        assert names == {'step-000001', f'step-{step:06d}'}
+    mark_best(run_dir, run_dir/'checkpoints/step-000004')
+    prune_checkpoints(run_dir, keep=1)
+    assert [path.name for path in (run_dir/'checkpoints').glob('step-*')] == ['step-000004'], 'no longer the best'
+
+
+def test_a_mark_is_whole_or_not_there(run_dir, monkeypatch):
+    mark_best(run_dir, 'step-000001')
+    monkeypatch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
+    with pytest.raises(InputError, match='best.*untouched'):
+        mark_best(run_dir, 'step-000002')
+    assert best_checkpoint(run_dir) == run_dir/'checkpoints/step-000001'
+
+
+@pytest.mark.parametrize('content', [b'', b'step-000009', b'.step-000001.tmp', b'../checkpoints/step-000001', b'\xff\xfe'])
+def test_a_pointer_to_nothing_is_no_best_checkpoint(run_dir, content):
+    (run_dir/'checkpoints/best').write_bytes(content)
+    assert best_checkpoint(run_dir) is None
+    with pytest.raises(InputError, match='best.*mend'):
+        open_networks(run_dir/'checkpoints/best', ['generator'])
+    prune_checkpoints(run_dir, keep=1)
+    assert latest_checkpoint(run_dir).name == 'step-000002'
+
+
+def test_pointers_open_what_they_name(run_dir, networks):
+    changed = build_networks(TINY, seed=1)
+    save_checkpoint(run_dir/'checkpoints/step-000003', changed, TINY, dict(step=3))
+    mark_best(run_dir, 'step-000001')
+    for pointer, wanted in dict(best=networks, latest=changed).items():
+        found = open_networks(str(run_dir/'checkpoints'/pointer), ['encoder'])[1]['encoder']
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted['encoder'].parameters()))
 
 
 def test_saving_again_changes_nothing_but_mends_latest(run_dir, networks):
