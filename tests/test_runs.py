@@ -21,6 +21,7 @@ from twocet_nb.data import InputError
 from twocet_nb.networks import NetworkConfig, build_networks
 from twocet_nb.runs import (History, LiveView, SyntheticImage, best_checkpoint, finish_on_interrupt, latest_checkpoint,
                             load_checkpoint, mark_best, open_networks, prune_checkpoints, save_checkpoint, save_picture)
+from twocet_nb.transfer import TwoCET
 
 TINY = NetworkConfig.tiny()
 PARTS = {'generator.safetensors', 'encoder.safetensors', 'discriminator.safetensors', 'training.pt'}
@@ -270,7 +271,9 @@ def test_a_pointer_to_nothing_is_no_best_checkpoint(run_dir, content):
 
 def test_pointers_open_what_they_name(run_dir, networks):
     changed = build_networks(TINY, seed=1)
+    changed |= {f'{name}_ema': changed[name] for name in ('generator', 'encoder')}
     save_checkpoint(run_dir/'checkpoints/step-000003', changed, TINY, dict(step=3))
+    assert TwoCET.load(run_dir/'checkpoints/latest', 'cpu').config == TINY
     mark_best(run_dir, 'step-000001')
     for pointer, wanted in dict(best=networks, latest=changed).items():
         found = open_networks(str(run_dir/'checkpoints'/pointer), ['encoder'])[1]['encoder']

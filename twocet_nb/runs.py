@@ -197,8 +197,14 @@ def load_checkpoint(folder, networks):
 SHIPPED = {'faces-64': 'weights-faces-64.safetensors'}
 
 def weights_path(place):
-    "The file of the shipped weights called `place`; any other `place` is a path itself."
-    return _asset(SHIPPED[place]) if place in SHIPPED else Path(place)
+    """The file of the shipped weights called `place`, or what the pointer RUN/checkpoints/best (or latest) names; else `place` itself.
+
+    Raises InputError for a pointer to a checkpoint that is not there.
+    """
+    path = _asset(SHIPPED[place]) if place in SHIPPED else Path(place)
+    if path.name not in ('best', 'latest') or not path.is_file(): return path
+    if found := _pointed(path): return found
+    raise InputError(f'{path}: names a checkpoint that is not there; mend: give the folder of the run, for its newest one')
 
 def open_networks(place, names, device='cpu'):
     """Networks from `place`: a shipped name ('faces-64'), a .safetensors file, a run's folder (its newest checkpoint), or one checkpoint.
@@ -209,8 +215,6 @@ def open_networks(place, names, device='cpu'):
     Returns (NetworkConfig, {name: network}). Raises InputError naming the file that is missing, damaged or unfit.
     """
     path = weights_path(place)
-    if path.name in ('best', 'latest') and path.is_file():
-        path = _pointed(path) or path/'nothing there'    # so that the message below names the pointer
     if path.is_file(): return load_networks(path, names, device)
     if not path.is_dir():
         raise InputError(f'{path}: no such weights; mend: give a file, the folder of a run, or one of {", ".join(SHIPPED)}')
