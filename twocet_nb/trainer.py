@@ -7,7 +7,7 @@ __all__ = ['AVERAGED', 'NEEDS', 'FACE_LETTERS', 'data_root', 'find_data', 'make_
            'make_fakes', 'typed', 'discriminator_loss', 'ask_networks', 'generator_loss', 'TrainingDiverged',
            'check_finite', 'make_accelerator', 'make_optimizers', 'SharedGradients', 'restore_moments',
            'starting_networks', 'TrainingRun', 'draw_codes', 'in_precision', 'frozen', 'SteppingRun', 'sub_step',
-           'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'fit']
+           'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'assess', 'agreed', 'fit']
 
 # %% ../nbs/05_trainer.ipynb #00000003
 import copy, io, json, math, os, time
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -30,7 +31,7 @@ from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_
 from .networks import build_networks, pick_device
 from .speed import Speed, make_adam, move_towards, speed_up, together
 from .config import TrainConfig, preset, read_config, write_config
-from .runs import History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, open_networks, prune_checkpoints, save_checkpoint, save_picture
+from .runs import History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, mark_best, open_networks, prune_checkpoints, save_checkpoint, save_picture
 
 # %% ../nbs/05_trainer.ipynb #00000007
 def data_root(data):
@@ -164,10 +165,13 @@ def make_accelerator(device, precision, trackers='', run_dir='.'):
 
     accelerate keeps one global state per process; it is reset so that a notebook can train twice with other settings.
     """
+    trackers, available = [name for name in trackers.split(',') if name], [str(getattr(t, 'value', t)) for t in get_available_trackers()]
+    if missing := [name for name in trackers if name not in available]:
+        raise InputError(f'trackers: {", ".join(missing)} is not installed; mend: pip install {" ".join(missing)}, or leave trackers empty')
     AcceleratorState._reset_state(reset_partial_state=True)
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)    # a loss of weight 0 uses no parameters
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)    # a loss of weight 0 uses no parameters
     return Accelerator(cpu=device.type == 'cpu', mixed_precision={'fp32': 'no', 'bf16': 'bf16'}[precision], kwargs_handlers=[ddp],
-                       log_with=[name for name in trackers.split(',') if name] or None, project_dir=run_dir)
+                       log_with=trackers or None, project_dir=run_dir)
 
 
 def make_optimizers(networks, config):
@@ -203,10 +207,11 @@ def starting_networks(config, resuming=False):
 class TrainingRun:
     """All a run has: configuration, folder, networks, optimisers, batches, history, and the step it is at.
 
-    run_dir: None makes one named after the time; checkpoint: the folder to continue from; quiet: draw nothing."""
-    def __init__(self, config, run_dir=None, checkpoint=None, quiet=False):
+    run_dir: None makes one named after the time; checkpoint: the folder to continue from; quiet: draw nothing;
+    evaluate: a function of the run that gives {name: number}, such as `transfer.judge_run`."""
+    def __init__(self, config, run_dir=None, checkpoint=None, quiet=False, evaluate=None):
         self.config, self.step, self.run_dir = config, 0, Path(run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
-        self.quiet = quiet or bool(os.environ.get('IN_TEST'))    # nbdev_test sets IN_TEST
+        self.quiet, self.evaluate = quiet or bool(os.environ.get('IN_TEST')), evaluate    # nbdev_test sets IN_TEST
         if checkpoint is None and any(self.run_dir.glob('checkpoints/step-*')):
             raise InputError(f'{self.run_dir.name}: a run lives here already; resume it, or give the new run its own folder')
         self.device = pick_device(config.device)
@@ -217,7 +222,7 @@ class TrainingRun:
         self.optimizers = make_optimizers(self.networks, config)
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         if checkpoint is not None: self.restore(checkpoint)
-        self.history = History(self.run_dir/'history.jsonl', last_step=self.step)
+        self.history, self.evaluations = (History(self.run_dir/f'{name}.jsonl', last_step=self.step) for name in ('history', 'evaluations'))
         self.prepare()
 
     def prepare(self): "What a run does before its first step; see below."
@@ -233,6 +238,8 @@ class TrainingRun:
     def save(self):
         "Write the checkpoint of this step and drop the oldest; of several processes, the first does it."
         self.check()
+        if not all(p.isfinite().all() for p in self.networks.parameters()):
+            raise TrainingDiverged(f'step {self.step}: weights are not finite, and were not saved; resume with a lower learning rate or more R1')
         if not self.accelerator.is_main_process: return self.accelerator.wait_for_everyone()
         training = dict(step=self.step, optimizers={name: o.state_dict() for name, o in self.optimizers.items()})
         save_checkpoint(self.run_dir/f'checkpoints/step-{self.step:06d}', self.networks, self.config.network, training)
@@ -338,10 +345,10 @@ class Trainer(SteppingRun):
     config: `TrainConfig`; run_dir: a new folder (default: runs/ and the time). It gets config.json, history.jsonl, checkpoints/ and samples/.
     """
     @classmethod
-    def resume(cls, run_dir, quiet=False, **changes):
+    def resume(cls, run_dir, quiet=False, evaluate=None, **changes):
         "The run in `run_dir` as it was at its newest whole checkpoint; `changes` replaces fields, such as steps=2000."
         config = replace(read_config(run_dir), **changes)
-        return cls(config, run_dir, latest_checkpoint(run_dir), quiet)
+        return cls(config, run_dir, latest_checkpoint(run_dir), quiet, evaluate)
 
     def train_step(self):
         "One iteration: sub-steps (a)+(b), (a)+(b), (a), then the averages. Returns lists of terms by name."
@@ -352,6 +359,16 @@ class Trainer(SteppingRun):
         self.step += 1
         return collected
 
+    def average(self, means):
+        "Means of this process averaged over all processes."
+        return self.accelerator.reduce(means, 'mean')
+
+    def log(self, record):
+        "A record for the history, and for trackers if there are any; losses that are not finite end the run first."
+        self.check()
+        if self.accelerator.is_main_process: self.history.append(record)
+        self.accelerator.log(record, step=record['step'])
+
     def sample(self):
         "The transfer matrix of the averaged networks, as a PIL picture; also saved in samples/."
         faces = (f.to(self.device) for f in sample_faces(self.config.data, self.config.network.image_size))
@@ -361,11 +378,15 @@ class Trainer(SteppingRun):
         return picture
 
 # %% ../nbs/05_trainer.ipynb #0000003b
-def summary(step, seconds, pending):
-    "One record of the history: the mean of every term collected in `pending`, which is emptied."
-    means = {name: round(torch.stack(values).mean().item(), 5) for name, values in pending.items()}
+def summary(step, seconds, pending, average=lambda means: means):
+    """One record of the history: the mean of every term collected in `pending`, which is emptied.
+
+    average: of a tensor of means over all processes.
+    """
+    names, means = list(pending), [torch.stack(values).mean() for values in pending.values()]
     pending.clear()
-    return dict(step=step, seconds=round(seconds, 1)) | means
+    means = average(torch.stack(means)).tolist() if means else []    # one look at the device for all of them
+    return dict(step=step, seconds=round(seconds, 1)) | {name: round(mean, 5) for name, mean in zip(names, means)}
 
 
 def stacked(history, picture):
@@ -376,30 +397,50 @@ def stacked(history, picture):
     page.paste(picture, (0, curves.height))
     return page
 
+# %% ../nbs/05_trainer.ipynb #fddb3eda
+def assess(run):
+    "Save and evaluate `run`; the numbers go to evaluations.jsonl, and the best checkpoint so far is kept."
+    run.save()
+    if run.accelerator.is_main_process:
+        numbers, best_by = run.evaluate(run), run.config.best_by
+        if best_by not in numbers: raise InputError(f'best_by is {best_by!r}; mend: choose one of {", ".join(numbers)}')
+        run.evaluations.append(dict(step=run.step) | numbers)
+        best = min(run.evaluations.records, key=lambda record: record[best_by])
+        mark_best(run.run_dir, run.run_dir/f'checkpoints/step-{best["step"]:06d}')
+    run.accelerator.wait_for_everyone()
+
+
+def agreed(run, stop):
+    "Whether all processes stop now: one stops when told, several when the history is written, together."
+    if run.accelerator.num_processes == 1: return stop.is_set()
+    if run.step % run.config.log_every: return False
+    return run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.device)).item() > 0
+
 # %% ../nbs/05_trainer.ipynb #0000003d
 def fit(run, steps=None):
     """Train `run` until step `steps` (default: its configuration's), then write a checkpoint. Returns the run.
 
     Ctrl-C ends the run after the present step; everything up to there is saved.
     """
-    config, last, pending, view = run.config, steps or run.config.steps, defaultdict(list), LiveView()
-    write_config(config, run.run_dir)
+    config, last, pending, view, main = run.config, steps or run.config.steps, defaultdict(list), LiveView(), run.accelerator.is_main_process
+    if main: write_config(config, run.run_dir)
+    if config.trackers: run.accelerator.init_trackers(run.run_dir.name)
     run.save()
     began = time.monotonic() - (run.history.records[-1]['seconds'] if run.history.records else 0)
-    bar = tqdm(total=last, initial=run.step, desc=run.run_dir.name, unit='step', leave=False, disable=run.quiet)
+    bar = tqdm(total=last, initial=run.step, desc=run.run_dir.name, unit='step', leave=False, disable=run.quiet or not main)
     with finish_on_interrupt() as stop, bar:
-        while run.step < last and not stop.is_set():
+        while run.step < last and not agreed(run, stop):
             for name, values in run.train_step().items(): pending[name] += values
             bar.update()
-            if run.step % config.log_every == 0:
-                run.check()
-                run.history.append(summary(run.step, time.monotonic() - began, pending))
-            if run.step % config.sample_every == 0:
+            if run.step % config.log_every == 0: run.log(summary(run.step, time.monotonic() - began, pending, run.average))
+            if run.step % config.sample_every == 0 and main:
                 picture = run.sample()
                 if not run.quiet: view.show(stacked(run.history, picture))
             if run.step % config.save_every == 0: run.save()
+            if run.evaluate and config.eval_every and run.step % config.eval_every == 0: assess(run)
     run.save()
-    if stop.is_set(): print(f'Stopped at step {run.step} of {last}; go on with: twocet resume {run.run_dir}')
+    if config.trackers: run.accelerator.end_training()
+    if main and stop.is_set(): print(f'Stopped at step {run.step} of {last}; go on with: twocet resume {run.run_dir}')
     return run
 
 

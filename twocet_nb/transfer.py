@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HELPED', 'DIFFERED', 'CHECKS', 'as_list', 'in_chunks', 'are_emotional', 'check_numbers', 'check_codes',
-           'draw_chunk', 'draw', 'TwoCET', 'draw_partners', 'judged_faces', 'l1', 'judge', 'judgement',
+           'draw_chunk', 'draw', 'TwoCET', 'draw_partners', 'judged_faces', 'l1', 'judge_run', 'judge', 'judgement',
            'print_judgement']
 
 # %% ../nbs/06_transfer.ipynb #00000003
+import copy
 import math
 from numbers import Real
 from pathlib import Path
@@ -18,7 +19,7 @@ from .data import FACE_FOLDERS, InputError, image_grid, to_pil, to_tensor
 from .losses import sample_codes
 from .networks import count_parameters, load_official, pick_device, read_card, save_networks
 from .runs import SHIPPED, SyntheticImage, open_networks, weights_path
-from .trainer import find_data
+from .trainer import AVERAGED, data_root, find_data
 
 # %% ../nbs/06_transfer.ipynb #00000009
 CHUNK = 32  # faces that are decoded and computed at a time
@@ -256,6 +257,12 @@ def judged_faces(root, size, split='test', seed=0):
 def l1(a, b):
     "The mean absolute difference of each pair of faces, (N,): 0 for equal ones, at most 2."
     return (a - b).abs().flatten(1).mean(1)
+
+def judge_run(run, seed=0):
+    "`judge` of the averaged networks of a `Trainer`: what it may be given as `evaluate`."
+    nets = run.networks.eval()
+    model = TwoCET(run.config.network, *(copy.deepcopy(nets[f'{name}_ema']) for name in AVERAGED), device=run.device)
+    return judge(model, data_root(run.config.data), 'test' if (data_root(run.config.data)/'test').is_dir() else 'train', seed)
 
 def judge(model, root, split='test', seed=0):
     """Numbers about a model on real faces, each with an anchor (see `CHECKS`), as a dict from names to numbers.
