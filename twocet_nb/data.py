@@ -706,7 +706,7 @@ def _preparation_lines(report, most=30):
     "The lines of a report: the dataset, who is held out, what was not used, the first of what was skipped."
     yield from _report_lines(report.dataset)
     yield from report.notes
-    yield from (f'not used: {number} {kind}' for kind, number in sorted(report.unused.items()))
+    yield from (f'{kind}, not used: {number}' for kind, number in sorted(report.unused.items()))
     yield f'{len(report.skipped)} skipped:' if report.skipped else 'none skipped'
     yield from (f'- {_printable(file)}: {_printable(reason)}' for file, reason in report.skipped[:most])
     if len(report.skipped) > most:
