@@ -17,7 +17,7 @@ from twocet_nb.cli import main
 from twocet_nb.data import bundled, face_name, list_faces
 from twocet_nb.networks import NetworkConfig, build_networks, save_networks
 
-COMMANDS = 'check', 'train', 'resume', 'transfer', 'demo'
+COMMANDS = 'check', 'prepare', 'train', 'resume', 'transfer', 'import', 'demo'
 
 
 @pytest.fixture
