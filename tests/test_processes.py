@@ -18,8 +18,7 @@ PROGRAM = textwrap.dedent('''
     import sys
     from twocet_nb.config import preset
     from twocet_nb.losses import LossConfig, Schedule
-    from twocet_nb.networks import load_networks
-from twocet_nb.trainer import Trainer
+    from twocet_nb.trainer import Trainer
     on = Schedule.constant(1.)
     losses = LossConfig(cyc_e=on, code=on, ds=Schedule(((0, 1.), (1, 1.), (2, 0.))), r1=.3)
     folder, steps, resume = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
@@ -53,6 +52,15 @@ def runs(tmp_path_factory, train):
 
 def records(run, name='history'):
     return [json.loads(line) for line in (run/f'{name}.jsonl').read_text().splitlines()]
+
+
+def test_losses_are_those_of_one_process(runs):
+    one, two = records(runs/'1'), records(runs/'2')
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and {'d_e', 'd_n', 'cyc_e'} <= a.keys()
+        for name in a.keys() - {'seconds'}: assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), (a['step'], name)
+    assert {'r1_e', 'r1_n'} <= set().union(*one)
 
 
 def answers(run, name, step=STEPS):
