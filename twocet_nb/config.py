@@ -23,7 +23,8 @@ class RunOptions:
     precision: 'fp32' or 'bf16' (bfloat16 inside the networks); device: as in `pick_device`; memory, workers: as in
     `FaceBatches`; log_every, sample_every, save_every: in steps; keep: how many checkpoints stay (0: all); eval_every: steps
     between two evaluations (0: none), best_by: the number in them by which the best checkpoint is kept, the lowest is the best;
-    trackers: 'tensorboard' or others that accelerate knows, separated by commas; speed: see `Speed`.
+    trackers: 'tensorboard' or others that accelerate knows, separated by commas; memory_check: refuse a run
+    that will not fit before its first step; speed: see `Speed`.
     """
     precision: str = 'fp32'
     device: str = 'auto'
@@ -36,6 +37,7 @@ class RunOptions:
     eval_every: int = 5000
     best_by: str = 'cross_l1'
     trackers: str = ''
+    memory_check: bool = True
     speed: Speed = Speed()
 
 # %% ../nbs/04b_config.ipynb #0000000a

@@ -7,7 +7,8 @@ __all__ = ['AVERAGED', 'NEEDS', 'FACE_LETTERS', 'data_root', 'find_data', 'make_
            'make_fakes', 'typed', 'discriminator_loss', 'ask_networks', 'generator_loss', 'TrainingDiverged',
            'check_finite', 'make_accelerator', 'make_optimizers', 'SharedGradients', 'restore_moments',
            'starting_networks', 'TrainingRun', 'draw_codes', 'in_precision', 'frozen', 'SteppingRun', 'sub_step',
-           'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'assess', 'agreed', 'fit']
+           'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'assess', 'agreed', 'sit_down',
+           'guarded', 'fit']
 
 # %% ../nbs/05_trainer.ipynb #00000003
 import copy, io, json, math, os, time
@@ -26,11 +27,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/05_trainer.ipynb #00000004
-from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, image_grid, packs, share_of, to_tensor
+from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, card, image_grid, packs, share_of, to_tensor
 from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalties, sample_codes
 from .networks import build_networks, pick_device
 from .speed import Speed, make_adam, move_towards, speed_up, together
 from .config import TrainConfig, preset, read_config, write_config
+from .guard import RunLock, Speedometer, check_memory, data_changed, data_hash, differences, explain_out_of_memory, record_sitting
 from .runs import History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, mark_best, open_networks, prune_checkpoints, save_checkpoint, save_picture
 
 # %% ../nbs/05_trainer.ipynb #00000007
@@ -210,14 +212,16 @@ class TrainingRun:
     run_dir: None makes one named after the time; checkpoint: the folder to continue from; quiet: draw nothing;
     evaluate: a function of the run that gives {name: number}, such as `transfer.judge_run`."""
     def __init__(self, config, run_dir=None, checkpoint=None, quiet=False, evaluate=None):
-        self.config, self.step, self.run_dir = config, 0, Path(run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
+        self.config, self.step, self.changes, self.run_dir = config, 0, [], Path(run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
         self.quiet, self.evaluate = quiet or bool(os.environ.get('IN_TEST')), evaluate    # nbdev_test sets IN_TEST
         if checkpoint is None and any(self.run_dir.glob('checkpoints/step-*')):
             raise InputError(f'{self.run_dir.name}: a run lives here already; resume it, or give the new run its own folder')
         self.device = pick_device(config.device)
         self.accelerator = make_accelerator(self.device, config.precision, config.trackers, self.run_dir)
         if self.accelerator.num_processes > 1: self.device = self.accelerator.device    # each process has its own
-        self.networks = starting_networks(config, checkpoint is not None).to(self.device)
+        networks = starting_networks(config, checkpoint is not None)
+        if config.memory_check: check_memory(networks, config, self.device)
+        self.networks = networks.to(self.device)
         for network in self.networks.values(): speed_up(network, config.speed)
         self.optimizers = make_optimizers(self.networks, config)
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
@@ -346,9 +350,16 @@ class Trainer(SteppingRun):
     """
     @classmethod
     def resume(cls, run_dir, quiet=False, evaluate=None, **changes):
-        "The run in `run_dir` as it was at its newest whole checkpoint; `changes` replaces fields, such as steps=2000."
-        config = replace(read_config(run_dir), **changes)
-        return cls(config, run_dir, latest_checkpoint(run_dir), quiet, evaluate)
+        """The run in `run_dir` as it was at its newest whole checkpoint; `changes` replaces fields, such as steps=2000.
+
+        What a change means is printed. Raises InputError for one that the run cannot go on with."""
+        before = read_config(run_dir)
+        config = replace(before, **changes)
+        changed = differences(before, config)
+        run = cls(config, run_dir, latest_checkpoint(run_dir), quiet, evaluate)
+        run.changes = changed
+        for line in changed: print(line)
+        return run
 
     def train_step(self):
         "One iteration: sub-steps (a)+(b), (a)+(b), (a), then the averages. Returns lists of terms by name."
@@ -417,29 +428,49 @@ def agreed(run, stop):
     return run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.device)).item() > 0
 
 # %% ../nbs/05_trainer.ipynb #0000003d
+def sit_down(run):
+    "Write down who trains from here on, with what and on what data; faces that changed since the last sitting are named."
+    name, sittings = run.config.data, History(run.run_dir/'sittings.jsonl').records
+    data = card(name)['sha256'] if name in packs() else data_hash(name)
+    news = data_changed(sittings[-1]['data'] if sittings else '', data)
+    for line in news: print(line)
+    write_config(run.config, run.run_dir)
+    record_sitting(run.run_dir, run.step, run.device, data, run.changes + news)
+
+
+@contextmanager
+def guarded(run):
+    "Within this context the folder belongs to this process, trackers are open, and running out of memory is explained."
+    main = run.accelerator.is_main_process
+    with RunLock(run.run_dir) if main else nullcontext(), explain_out_of_memory(run.config, run.networks):
+        if main: sit_down(run)
+        if run.config.trackers: run.accelerator.init_trackers(run.run_dir.name)
+        try: yield
+        finally:
+            if run.config.trackers: run.accelerator.end_training()
+
+# %% ../nbs/05_trainer.ipynb #f9883963
 def fit(run, steps=None):
     """Train `run` until step `steps` (default: its configuration's), then write a checkpoint. Returns the run.
 
     Ctrl-C ends the run after the present step; everything up to there is saved.
     """
     config, last, pending, view, main = run.config, steps or run.config.steps, defaultdict(list), LiveView(), run.accelerator.is_main_process
-    if main: write_config(config, run.run_dir)
-    if config.trackers: run.accelerator.init_trackers(run.run_dir.name)
-    run.save()
     began = time.monotonic() - (run.history.records[-1]['seconds'] if run.history.records else 0)
     bar = tqdm(total=last, initial=run.step, desc=run.run_dir.name, unit='step', leave=False, disable=run.quiet or not main)
-    with finish_on_interrupt() as stop, bar:
+    with guarded(run), finish_on_interrupt() as stop, bar:
+        run.save()
+        meter = Speedometer(6 * config.batch_size, run.device)
         while run.step < last and not agreed(run, stop):
             for name, values in run.train_step().items(): pending[name] += values
-            bar.update()
+            bar.update(), meter.tick(), bar.set_postfix(meter.postfix(), refresh=False)
             if run.step % config.log_every == 0: run.log(summary(run.step, time.monotonic() - began, pending, run.average))
             if run.step % config.sample_every == 0 and main:
                 picture = run.sample()
                 if not run.quiet: view.show(stacked(run.history, picture))
             if run.step % config.save_every == 0: run.save()
             if run.evaluate and config.eval_every and run.step % config.eval_every == 0: assess(run)
-    run.save()
-    if config.trackers: run.accelerator.end_training()
+        run.save()
     if main and stop.is_set(): print(f'Stopped at step {run.step} of {last}; go on with: twocet resume {run.run_dir}')
     return run
 
