@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -184,14 +185,16 @@ def graph_bytes(networks, config):
     networks: {name: network}, on any device ('meta' will do); config: `TrainConfig`. Nothing is computed or allocated.
     """
     size, half = config.network.image_size, config.precision == 'bf16'
-    with torch.device('meta'): face, code = torch.empty(1, 3, size, size, requires_grad=True), torch.empty(1, config.network.code_dim)
+    code = torch.empty(1, config.network.code_dim, device='meta')
 
     def graph(name, *inputs, learns=True, penalised=False):
         weights = {key: torch.empty_like(w, device='meta').requires_grad_(learns) for key, w in networks[name].named_parameters()}
-        def forward():
-            answer = functional_call(networks[name], weights, (face, *inputs))
+        def forward(n):
+            face = torch.empty(n, 3, size, size, device='meta', requires_grad=True)
+            answer = functional_call(networks[name], weights, (face, *(i.expand(n, -1) if i is code else i for i in inputs)))
             return (answer, r1_penalty(answer, face)) if penalised else answer
-        kept = config.batch_size * _kept_bytes(forward, weights.values())
+        one, two = (_kept_bytes(partial(forward, n), weights.values()) for n in (1, 2))    # a part is kept once, a part for every face
+        kept = one + (config.batch_size - 1) * (two - one)
         return kept if penalised or not half else (kept + _weight_bytes(networks[name])) // 2
 
     return dict(generator=graph('generator', code), encoder=graph('encoder'), discriminator=graph('discriminator', 0),

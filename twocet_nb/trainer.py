@@ -7,8 +7,8 @@ __all__ = ['AVERAGED', 'NEEDS', 'FACE_LETTERS', 'data_root', 'find_data', 'make_
            'make_fakes', 'typed', 'discriminator_loss', 'ask_networks', 'generator_loss', 'TrainingDiverged',
            'check_finite', 'make_accelerator', 'make_optimizers', 'SharedGradients', 'restore_moments',
            'starting_networks', 'TrainingRun', 'draw_codes', 'in_precision', 'frozen', 'SteppingRun', 'sub_step',
-           'sample_faces', 'transfer_matrix', 'Trainer', 'summary', 'stacked', 'assess', 'agreed', 'sit_down',
-           'guarded', 'fit']
+           'sample_faces', 'transfer_matrix', 'stacked', 'Trainer', 'summary', 'assess', 'sit_down', 'guarded',
+           'agreed', 'fit']
 
 # %% ../nbs/05_trainer.ipynb #00000003
 import copy, io, json, math, os, time
@@ -342,6 +342,15 @@ def transfer_matrix(G, E, targets, references):
     rows = [[target, *G(target.expand(len(codes), -1, -1, -1), codes)] for target in targets]
     return [[None, *references], *rows]
 
+
+def stacked(history, picture):
+    "The loss curves above a picture of samples, as one PIL picture."
+    curves = Image.open(io.BytesIO(history._repr_png_())).convert('RGB')
+    page = Image.new('RGB', (max(curves.width, picture.width), curves.height + picture.height), 'white')
+    page.paste(curves, (0, 0))
+    page.paste(picture, (0, curves.height))
+    return page
+
 # %% ../nbs/05_trainer.ipynb #00000039
 class Trainer(SteppingRun):
     """Trains 2CET-GAN: `Trainer(config, run_dir).fit()`, and `Trainer.resume(run_dir).fit()` to go on.
@@ -400,15 +409,6 @@ def summary(step, seconds, pending, average=lambda means: means):
     return dict(step=step, seconds=round(seconds, 1)) | {name: round(mean, 5) for name, mean in zip(names, means)}
 
 
-def stacked(history, picture):
-    "The loss curves above a picture of samples, as one PIL picture."
-    curves = Image.open(io.BytesIO(history._repr_png_())).convert('RGB')
-    page = Image.new('RGB', (max(curves.width, picture.width), curves.height + picture.height), 'white')
-    page.paste(curves, (0, 0))
-    page.paste(picture, (0, curves.height))
-    return page
-
-# %% ../nbs/05_trainer.ipynb #fddb3eda
 def assess(run):
     "Save and evaluate `run`; the numbers go to evaluations.jsonl, and the best checkpoint so far is kept."
     run.save()
@@ -419,13 +419,6 @@ def assess(run):
         best = min(run.evaluations.records, key=lambda record: record[best_by])
         mark_best(run.run_dir, run.run_dir/f'checkpoints/step-{best["step"]:06d}')
     run.accelerator.wait_for_everyone()
-
-
-def agreed(run, stop):
-    "Whether all processes stop now: one stops when told, several when the history is written, together."
-    if run.accelerator.num_processes == 1: return stop.is_set()
-    if run.step % run.config.log_every: return False
-    return run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.device)).item() > 0
 
 # %% ../nbs/05_trainer.ipynb #0000003d
 def sit_down(run):
@@ -448,6 +441,13 @@ def guarded(run):
         try: yield
         finally:
             if run.config.trackers: run.accelerator.end_training()
+
+
+def agreed(run, stop):
+    "Whether all processes stop now: one stops when told, several when the history is written, together."
+    if run.accelerator.num_processes == 1: return stop.is_set()
+    if run.step % run.config.log_every: return False
+    return run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.device)).item() > 0
 
 # %% ../nbs/05_trainer.ipynb #f9883963
 def fit(run, steps=None):
