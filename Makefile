@@ -8,7 +8,7 @@ OUT     ?= runs/demo
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test docs prepare outputs judge ship faces clean
+.PHONY: help demo lab test bench docs prepare outputs judge ship faces clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -26,6 +26,9 @@ test: .venv/with-dev  ## every check: notebooks and package in step, README in s
 	$(BIN)/python tools/check_sync.py
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15 tests
+
+bench: .venv/with-base  ## how much faster each trick makes a training step, here; on a GPU the paper preset too: benchmarks/step.json
+	$(BIN)/python benchmarks/step.py
 
 docs: .venv/with-docs  ## the book as a web site, in build/site
 	$(BIN)/python tools/docs.py

@@ -1,6 +1,7 @@
 """Several processes train like one: two gloo processes on the CPU against a single one at the same total batch."""
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -90,6 +91,28 @@ def test_two_processes_resume_what_one_began_and_the_other_way_round(tmp_path, t
 def test_only_the_first_process_writes(runs):
     assert [r['step'] for r in records(runs/'2', 'evaluations')] == [2, 4]
     assert (runs/'2/checkpoints/best').read_text() == 'step-000002'
+
+
+LAUNCHER = textwrap.dedent('''
+    import sys
+    from accelerate import notebook_launcher
+    def train(folder):
+        from twocet_nb.config import preset
+        from twocet_nb.trainer import Trainer
+        Trainer(preset('tiny', steps=2, device='cpu'), folder, quiet=True).fit()
+    if __name__ == '__main__': notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
+''')
+
+
+def test_notebook_launcher(tmp_path):
+    (tmp_path/'launch.py').write_text(LAUNCHER)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    done = subprocess.run([sys.executable, tmp_path/'launch.py', tmp_path/'run', str(port)], capture_output=True, text=True, timeout=600,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r['step'] for r in records(tmp_path/'run')] == [1, 2]
 
 
 def test_shares_never_overlap_and_miss_nothing():

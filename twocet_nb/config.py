@@ -31,8 +31,8 @@ class RunOptions:
     memory: str = 'auto'
     workers: int = 0
     log_every: int = 10
-    sample_every: int = 500
-    save_every: int = 500
+    sample_every: int = 1000
+    save_every: int = 1000
     keep: int = 3
     eval_every: int = 5000
     best_by: str = 'cross_l1'
