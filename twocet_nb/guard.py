@@ -247,7 +247,7 @@ class Memory:
 # %% ../nbs/04c_guard.ipynb #0000002b
 def _resident_bytes(config):
     "Bytes of the training faces, if they will wait on the device; 0 if they are read from files, or not there."
-    size, limit = config.network.image_size, 2**31 if config.memory == 'auto' else math.inf
+    size, limit = config.network.image_size, 2**31 if config.memory == 'auto' else math.inf    # as in `FaceBatches`
     if config.memory == 'workers': return 0
     try: root = bundled(config.data) if config.data in packs() else Path(config.data)
     except InputError: return 0
