@@ -123,3 +123,72 @@ def test_a_run_without_a_folder_gets_one_named_after_the_time(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run = Trainer(preset('tiny', steps=1), quiet=True).fit()
     assert run.run_dir.parent.name == 'runs' and (tmp_path/run.run_dir/'config.json').exists()
+
+
+def evaluated(folder, numbers, **changes):
+    config = preset('tiny', **dict(steps=6, losses=ALL_ON, save_every=1, keep=1, eval_every=2, best_by='error') | changes)
+    return Trainer(config, folder, quiet=True, evaluate=numbers).fit()
+
+
+def test_the_best_checkpoint_is_kept_and_loads(tmp_path):
+    from twocet_nb.transfer import TwoCET
+    evaluated(tmp_path, lambda run: dict(error=abs(run.step - 4)))
+    assert sorted(path.name for path in (tmp_path/'checkpoints').iterdir()) == ['best', 'latest', 'step-000004', 'step-000006']
+    assert (tmp_path/'checkpoints/best').read_text() == 'step-000004'
+    best, last = (TwoCET.load(tmp_path/'checkpoints'/name).generator.to_rgb[2].weight for name in ('best', 'latest'))
+    assert not torch.equal(best, last)
+    run = Trainer.resume(tmp_path, quiet=True, evaluate=lambda run: dict(error=-1.), steps=8).fit()
+    assert [record['step'] for record in run.evaluations.records] == [2, 4, 6, 8]
+    assert (tmp_path/'checkpoints/best').read_text() == 'step-000008'
+
+
+@pytest.mark.parametrize('numbers', [dict(other=1.), InputError('judging needs two people')], ids=['no such number', 'no people'])
+def test_an_evaluation_that_cannot_be_made_does_not_cost_the_run(tmp_path, capsys, numbers):
+    def evaluate(run):
+        if isinstance(numbers, Exception): raise numbers
+        return numbers
+    assert evaluated(tmp_path, evaluate).step == 6
+    assert capsys.readouterr().out.count('goes on without evaluations') == 1
+
+
+def test_judge_run_is_an_evaluation(tmp_path):
+    from twocet_nb.transfer import TwoCET, judge, judge_run
+    run = evaluated(tmp_path, judge_run, steps=2, best_by='cross_l1')
+    numbers = judge(TwoCET.load(tmp_path), 'faces-64')
+    assert run.evaluations.records == [dict(step=2) | {name: pytest.approx(value, abs=1e-5) for name, value in numbers.items()}]
+
+
+def test_a_sitting_says_what_changed(tmp_path, capsys):
+    trained(tmp_path, steps=1)
+    Trainer.resume(tmp_path, quiet=True, steps=2, batch_size=2).fit()
+    said = capsys.readouterr().out
+    assert 'batch_size 4 -> 2' in said and 'steps 1 -> 2' in said
+    first, second = [json.loads(line) for line in (tmp_path/'sittings.jsonl').read_text().splitlines()]
+    assert first['changes'] == [] and any('batch_size 4 -> 2' in line for line in second['changes'])
+    assert first['data'] == second['data'] and {'torch', 'commit', 'platform'} <= first.keys()
+    from twocet_nb.networks import NetworkConfig
+    with pytest.raises(InputError, match='network.width'): Trainer.resume(tmp_path, network=NetworkConfig(16, 8, 16, 4))
+
+
+def test_faces_that_changed_between_sittings_are_named(tmp_path, capsys):
+    from twocet_nb.data import bundled
+    for split in ('train', 'test'):
+        for kind in ('a_n', 'b_e'):
+            (tmp_path/f'faces/{split}/{kind}').mkdir(parents=True)
+            for face in sorted((bundled('faces-64')/f'{split}/{kind}').iterdir())[:6]:
+                (tmp_path/f'faces/{split}/{kind}/{face.name}').write_bytes(face.read_bytes())
+    trained(tmp_path/'run', steps=1, data=str(tmp_path/'faces'))
+    next((tmp_path/'faces/train/b_e').iterdir()).unlink()
+    Trainer.resume(tmp_path/'run', quiet=True, steps=2).fit()
+    assert 'faces were added, removed, renamed or changed' in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_first_step(tmp_path, monkeypatch):
+    from twocet_nb import guard
+    monkeypatch.setattr(guard, 'available_memory', lambda device: 2**20)
+    with pytest.raises(InputError, match='mend: try'): Trainer(preset('tiny'), tmp_path, quiet=True)
+    assert Trainer(preset('tiny', memory_check=False), tmp_path, quiet=True).step == 0
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(InputError, match='pip install no-such-tracker'): Trainer(preset('tiny', trackers='no-such-tracker'), tmp_path, quiet=True)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAINABLE', 'RUN_FILES', 'CAPTIONS', 'LIMITS', 'STYLE', 'INTRODUCTION', 'MEASURE', 'NEXT', 'demo_faces',
-           'draw_pictures', 'present_losses', 'short_run', 'commit', 'provenance', 'clear_training', 'headline',
-           'embed', 'table', 'judgement_table', 'section', 'paragraph', 'training_words', 'report_page', 'demo']
+           'draw_pictures', 'present_losses', 'short_run', 'provenance', 'clear_training', 'headline', 'embed', 'table',
+           'judgement_table', 'section', 'paragraph', 'training_words', 'report_page', 'demo']
 
 # %% ../nbs/10_demo.ipynb #00000003
-import base64, hashlib, html, json, math, platform, shutil, subprocess, sys
+import base64, hashlib, html, json, math, platform, shutil, sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ import torchvision
 
 # %% ../nbs/10_demo.ipynb #00000005
 from . import __version__
-from .data import InputError, _asset, bundled, card, face_name, image_grid, list_faces
+from .data import InputError, bundled, card, face_name, image_grid, list_faces
+from .guard import commit
 from .losses import LossConfig, Schedule
 from .networks import read_card, write_atomically
 from .runs import plot_history, save_picture, weights_path
@@ -81,15 +82,6 @@ def short_run(run_dir, weights='faces-64', steps=20, **changes):
     return run
 
 # %% ../nbs/10_demo.ipynb #0000001a
-def commit():
-    "The git commit of the repository this package runs in, '-dirty' if files differ from it; 'none' outside of one."
-    repository = _asset('faces.json').parents[1]    # inside an installed package this is no repository
-    if not (repository/'.git').exists() or not shutil.which('git'): return 'none'
-    asked = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=repository,
-                           capture_output=True, text=True)
-    return asked.stdout.strip() or 'none'
-
-
 def provenance(weights='faces-64', seed=0, steps=20):
     "What a demo is made of, {what: value}, ready for JSON. steps: of the short training run."
     file = weights_path(weights)

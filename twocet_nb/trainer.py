@@ -412,12 +412,18 @@ def summary(step, seconds, pending, average=lambda means: means):
 def assess(run):
     "Save and evaluate `run`; the numbers go to evaluations.jsonl, and the best checkpoint so far is kept."
     run.save()
-    if run.accelerator.is_main_process:
-        numbers, best_by = run.evaluate(run), run.config.best_by
-        if best_by not in numbers: raise InputError(f'best_by is {best_by!r}; mend: choose one of {", ".join(numbers)}')
-        run.evaluations.append(dict(step=run.step) | numbers)
-        best = min(run.evaluations.records, key=lambda record: record[best_by])
-        mark_best(run.run_dir, run.run_dir/f'checkpoints/step-{best["step"]:06d}')
+    if run.accelerator.is_main_process and run.evaluate:
+        best_by = run.config.best_by
+        try:
+            numbers = run.evaluate(run)
+            if best_by not in numbers: raise InputError(f'best_by is {best_by!r}; mend: choose one of {", ".join(numbers)}')
+        except InputError as error:    # too few people held out, for instance: no reason to lose the run
+            run.evaluate = None
+            print(f'step {run.step}: training goes on without evaluations: {error}')
+        else:
+            run.evaluations.append(dict(step=run.step) | numbers)
+            if numbers[best_by] <= min(record.get(best_by, math.inf) for record in run.evaluations.records):
+                mark_best(run.run_dir, run.run_dir/f'checkpoints/step-{run.step:06d}')
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/05_trainer.ipynb #0000003d
@@ -460,6 +466,7 @@ def fit(run, steps=None):
     bar = tqdm(total=last, initial=run.step, desc=run.run_dir.name, unit='step', leave=False, disable=run.quiet or not main)
     with guarded(run), finish_on_interrupt() as stop, bar:
         run.save()
+        evaluating = run.evaluate is not None and config.eval_every > 0    # the same in all processes
         meter = Speedometer(6 * config.batch_size, run.device)
         while run.step < last and not agreed(run, stop):
             for name, values in run.train_step().items(): pending[name] += values
@@ -469,7 +476,7 @@ def fit(run, steps=None):
                 picture = run.sample()
                 if not run.quiet: view.show(stacked(run.history, picture))
             if run.step % config.save_every == 0: run.save()
-            if run.evaluate and config.eval_every and run.step % config.eval_every == 0: assess(run)
+            if evaluating and run.step % config.eval_every == 0: assess(run)
         run.save()
     if main and stop.is_set(): print(f'Stopped at step {run.step} of {last}; go on with: twocet resume {run.run_dir}')
     return run

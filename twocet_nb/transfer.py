@@ -260,8 +260,7 @@ def l1(a, b):
 
 def judge_run(run, seed=0):
     "`judge` of the averaged networks of a `Trainer`: what it may be given as `evaluate`."
-    nets = run.networks.eval()
-    model = TwoCET(run.config.network, *(copy.deepcopy(nets[f'{name}_ema']) for name in AVERAGED), device=run.device)
+    model = TwoCET(run.config.network, *(copy.deepcopy(run.networks[f'{name}_ema']) for name in AVERAGED), device=run.device)
     return judge(model, data_root(run.config.data), 'test' if (data_root(run.config.data)/'test').is_dir() else 'train', seed)
 
 def judge(model, root, split='test', seed=0):
