@@ -315,8 +315,7 @@ class FaceBatches:
         self.workers = workers if self.memory == 'workers' else 0
 
     def __getitem__(self, i):
-        if i < 0:
-            raise InputError(f'batch {i}; mend: batches are counted from 0')
+        if i < 0: raise InputError(f'batch {i}; mend: batches are counted from 0')
         return self._finish(i, self.raw[i])
 
     def iter_from(self, position=0):
@@ -327,8 +326,8 @@ class FaceBatches:
 
     def _finish(self, i, raw):
         batch = [_to_unit(pixels.to(self.device)) for pixels in raw]
-        seeds = [_seed_from(self.seed, 'augment', face_type, i) for face_type in (0, 1)]
-        return tuple(augment(x, seed, self.raw.share.start) for x, seed in zip(batch, seeds)) if self.augmented else tuple(batch)
+        if not self.augmented: return tuple(batch)
+        return tuple(augment(x, _seed_from(self.seed, 'augment', t, i), self.raw.share.start) for t, x in enumerate(batch))
 
 # %% ../nbs/01_data.ipynb #00000039
 def _look_at(path):

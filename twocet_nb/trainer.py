@@ -6,9 +6,9 @@
 __all__ = ['AVERAGED', 'NEEDS', 'FACE_LETTERS', 'data_root', 'find_data', 'make_batches', 'with_averages', 'update_averages',
            'make_fakes', 'typed', 'discriminator_loss', 'ask_networks', 'generator_loss', 'TrainingDiverged',
            'check_finite', 'make_accelerator', 'make_optimizers', 'SharedGradients', 'restore_moments',
-           'starting_networks', 'TrainingRun', 'draw_codes', 'in_precision', 'frozen', 'SteppingRun', 'sub_step',
-           'sample_faces', 'transfer_matrix', 'stacked', 'Trainer', 'summary', 'assess', 'sit_down', 'guarded',
-           'agreed', 'fit']
+           'starting_networks', 'TrainingRun', 'restore', 'save', 'draw_codes', 'in_precision', 'frozen', 'SteppingRun',
+           'sub_step', 'sample_faces', 'transfer_matrix', 'stacked', 'ReportingRun', 'Trainer', 'summary', 'assess',
+           'sit_down', 'guarded', 'agreed', 'fit']
 
 # %% ../nbs/05_trainer.ipynb #00000003
 import copy, io, json, math, os, time
@@ -26,7 +26,6 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/05_trainer.ipynb #00000004
 from .data import FaceBatches, FaceFolder, InputError, _seed_from, bundled, card, image_grid, packs, share_of, to_tensor
 from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalties, sample_codes
 from .networks import build_networks, pick_device
@@ -227,28 +226,27 @@ class TrainingRun:
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         if checkpoint is not None: self.restore(checkpoint)
         self.history, self.evaluations = (History(self.run_dir/f'{name}.jsonl', last_step=self.step) for name in ('history', 'evaluations'))
-        self.prepare()
 
-    def prepare(self): "What a run does before its first step; see below."
+# %% ../nbs/05_trainer.ipynb #f531a36d
+def restore(run, checkpoint):
+    "Networks, optimisers and step as they were when `checkpoint` was written."
+    training = load_checkpoint(Path(checkpoint), run.networks)
+    run.step = training['step']
+    for name, optimizer in run.optimizers.items(): restore_moments(optimizer, training['optimizers'][name])
 
-    def check(self): "What a run asks itself before it saves; see below."
 
-    def restore(self, checkpoint):
-        "Networks, optimisers and step as they were when `checkpoint` was written."
-        training = load_checkpoint(Path(checkpoint), self.networks)
-        self.step = training['step']
-        for name, optimizer in self.optimizers.items(): restore_moments(optimizer, training['optimizers'][name])
+def save(run):
+    "Write the checkpoint of this step and drop the oldest; of several processes, the first does it."
+    if not all(p.isfinite().all() for p in run.networks.parameters()):
+        raise TrainingDiverged(f'step {run.step}: weights are not finite, and were not saved; resume with a lower learning rate or more R1')
+    if not run.accelerator.is_main_process: return run.accelerator.wait_for_everyone()
+    training = dict(step=run.step, optimizers={name: o.state_dict() for name, o in run.optimizers.items()})
+    save_checkpoint(run.run_dir/f'checkpoints/step-{run.step:06d}', run.networks, run.config.network, training)
+    prune_checkpoints(run.run_dir, run.config.keep)
+    run.accelerator.wait_for_everyone()
 
-    def save(self):
-        "Write the checkpoint of this step and drop the oldest; of several processes, the first does it."
-        self.check()
-        if not all(p.isfinite().all() for p in self.networks.parameters()):
-            raise TrainingDiverged(f'step {self.step}: weights are not finite, and were not saved; resume with a lower learning rate or more R1')
-        if not self.accelerator.is_main_process: return self.accelerator.wait_for_everyone()
-        training = dict(step=self.step, optimizers={name: o.state_dict() for name, o in self.optimizers.items()})
-        save_checkpoint(self.run_dir/f'checkpoints/step-{self.step:06d}', self.networks, self.config.network, training)
-        prune_checkpoints(self.run_dir, self.config.keep)
-        self.accelerator.wait_for_everyone()
+
+TrainingRun.restore, TrainingRun.save = restore, save
 
 # %% ../nbs/05_trainer.ipynb #00000035
 def draw_codes(config, number, device, share=slice(None)):
@@ -275,8 +273,9 @@ def frozen(network):
 # %% ../nbs/05_trainer.ipynb #00000036
 class SteppingRun(TrainingRun):
     "A run that can do one sub-step: D learns from a batch, then G and E."
-    def prepare(self):
+    def __init__(self, *given, **named):
         "How the networks are called: compiled or not, alone or one of several processes. `unchecked`: losses nobody looked at yet."
+        super().__init__(*given, **named)
         mode, share, nets = self.config.speed.compile, self.accelerator.num_processes > 1, self.networks
         self.called = {name: torch.compile(nets[name], mode=mode, dynamic=False) if mode else nets[name] for name in self.optimizers}
         phases = dict(d=[nets['discriminator']], g=[nets['generator'], nets['encoder']])
@@ -351,8 +350,34 @@ def stacked(history, picture):
     page.paste(picture, (0, curves.height))
     return page
 
+# %% ../nbs/05_trainer.ipynb #f8b6ec61
+class ReportingRun(SteppingRun):
+    "A run that says how it is doing."
+    def average(self, means):
+        "Means of this process averaged over all processes."
+        return self.accelerator.reduce(means, 'mean')
+
+    def log(self, record):
+        "A record for the history, and for trackers if there are any; losses that are not finite end the run first."
+        self.check()
+        if self.accelerator.is_main_process: self.history.append(record)
+        self.accelerator.log(record, step=record['step'])
+
+    def save(self):
+        "`save`, once nothing is unchecked."
+        self.check()
+        super().save()
+
+    def sample(self):
+        "The transfer matrix of the averaged networks, as a PIL picture; also saved in samples/."
+        faces = (f.to(self.device) for f in sample_faces(self.config.data, self.config.network.image_size))
+        matrix = transfer_matrix(*(self.networks[f'{name}_ema'] for name in AVERAGED), *faces)
+        picture = image_grid(matrix, scale=max(1, 64 // self.config.network.image_size))
+        save_picture(picture, self.run_dir/f'samples/step-{self.step:06d}.png')
+        return picture
+
 # %% ../nbs/05_trainer.ipynb #00000039
-class Trainer(SteppingRun):
+class Trainer(ReportingRun):
     """Trains 2CET-GAN: `Trainer(config, run_dir).fit()`, and `Trainer.resume(run_dir).fit()` to go on.
 
     config: `TrainConfig`; run_dir: a new folder (default: runs/ and the time). It gets config.json, history.jsonl, checkpoints/ and samples/.
@@ -378,24 +403,6 @@ class Trainer(SteppingRun):
         update_averages(self.networks, self.config.ema_decay, self.config.speed.fused)
         self.step += 1
         return collected
-
-    def average(self, means):
-        "Means of this process averaged over all processes."
-        return self.accelerator.reduce(means, 'mean')
-
-    def log(self, record):
-        "A record for the history, and for trackers if there are any; losses that are not finite end the run first."
-        self.check()
-        if self.accelerator.is_main_process: self.history.append(record)
-        self.accelerator.log(record, step=record['step'])
-
-    def sample(self):
-        "The transfer matrix of the averaged networks, as a PIL picture; also saved in samples/."
-        faces = (f.to(self.device) for f in sample_faces(self.config.data, self.config.network.image_size))
-        matrix = transfer_matrix(*(self.networks[f'{name}_ema'] for name in AVERAGED), *faces)
-        picture = image_grid(matrix, scale=max(1, 64 // self.config.network.image_size))
-        save_picture(picture, self.run_dir/f'samples/step-{self.step:06d}.png')
-        return picture
 
 # %% ../nbs/05_trainer.ipynb #0000003b
 def summary(step, seconds, pending, average=lambda means: means):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HELPED', 'DIFFERED', 'CHECKS', 'as_list', 'in_chunks', 'are_emotional', 'check_numbers', 'check_codes',
-           'draw_chunk', 'draw', 'TwoCET', 'draw_partners', 'judged_faces', 'l1', 'judge_run', 'judge', 'judgement',
-           'print_judgement']
+           'draw_chunk', 'draw', 'TwoCET', 'draw_partners', 'judged_faces', 'l1', 'judge', 'judgement',
+           'print_judgement', 'judge_run']
 
 # %% ../nbs/06_transfer.ipynb #00000003
 import copy
@@ -258,11 +258,6 @@ def l1(a, b):
     "The mean absolute difference of each pair of faces, (N,): 0 for equal ones, at most 2."
     return (a - b).abs().flatten(1).mean(1)
 
-def judge_run(run, seed=0):
-    "`judge` of the averaged networks of a `Trainer`: what it may be given as `evaluate`."
-    model = TwoCET(run.config.network, *(copy.deepcopy(run.networks[f'{name}_ema']) for name in AVERAGED), device=run.device)
-    return judge(model, data_root(run.config.data), 'test' if (data_root(run.config.data)/'test').is_dir() else 'train', seed)
-
 def judge(model, root, split='test', seed=0):
     """Numbers about a model on real faces, each with an anchor (see `CHECKS`), as a dict from names to numbers.
 
@@ -307,3 +302,8 @@ def print_judgement(numbers):
         print(f'{question:31}{words + ":":28}{anchor:.3f}   the model: {value:.3f} - {verdict}')
     share, chance = numbers['cross_wins'], 1 / math.sqrt(numbers['faces'])
     print(f'The right class beats a wrong one for {share:.0%} of the faces (guessing: 50%, give or take {chance:.0%}).')
+
+def judge_run(run, seed=0):
+    "`judge` of the averaged networks of a `Trainer`: what it may be given as `evaluate`."
+    networks = [copy.deepcopy(run.networks[f'{name}_ema']) for name in AVERAGED]
+    return judge(TwoCET(run.config.network, *networks, device=run.device), data_root(run.config.data), seed=seed)
