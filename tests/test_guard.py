@@ -134,7 +134,7 @@ from twocet_nb.trainer import Trainer
 data, folder, name = sys.argv[1:]
 few = dict(data=data, memory='workers', device='cpu')
 config = dict(course=preset('course', **few), wide=TrainConfig(network=NetworkConfig(32, 64, 128, 32), **few))[name]
-Trainer(preset('tiny', **few), folder + '/warm', quiet=True).train_step()
+Trainer(preset('tiny', precision=config.precision, **few), folder + '/warm', quiet=True).train_step()    # kernels are loaded once
 before = psutil.Process().memory_info().rss
 run = Trainer(config, folder + '/run', quiet=True)
 run.step = 300    # every loss of the course counts here

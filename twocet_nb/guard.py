@@ -391,7 +391,9 @@ def _look_at(folder, now):
     checkpoints, size = _checkpoints(folder/'checkpoints'), _bytes_on_disk(folder)
     step = int(checkpoints[-1].name.removeprefix('step-')) if checkpoints else None
     known = dict(step=step or 0, age=now - checkpoints[-1].stat().st_mtime if checkpoints else None, size=size)
-    try: config, records = read_config(folder), History(folder/'evaluations.jsonl').records
+    try:
+        config = read_config(folder)
+        records = [record for name in ('history', 'evaluations') for record in History(folder/f'{name}.jsonl').records]
     except InputError as error: return RunInfo(folder, 'damaged', **known, trouble=str(error))
     metric = getattr(config, 'best_by', '')
     return RunInfo(folder, _state(folder, step, config.steps), steps=config.steps, metric=metric, best=best_of(records, metric), **known)
