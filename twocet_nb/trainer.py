@@ -219,9 +219,9 @@ class TrainingRun:
         self.accelerator = make_accelerator(self.device, config.precision, config.trackers, self.run_dir)
         if self.accelerator.num_processes > 1: self.device = self.accelerator.device    # each process has its own
         networks = starting_networks(config, checkpoint is not None)
+        for network in networks.values(): speed_up(network, config.speed)    # first: folded networks need less memory
         if config.memory_check: check_memory(networks, config, self.device)
         self.networks = networks.to(self.device)
-        for network in self.networks.values(): speed_up(network, config.speed)
         self.optimizers = make_optimizers(self.networks, config)
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         if checkpoint is not None: self.restore(checkpoint)
