@@ -34,8 +34,8 @@ CUMULATIVE = {  # name: what it adds to the one before, in the configuration
     '+ fewer kernels': dict(speed=dict(fewer_kernels=True)),
     '+ fused': dict(speed=dict(fused=True)),
     '+ bfloat16': dict(precision='bf16'),
-    '+ channels last': dict(speed=dict(channels_last=True)),
     '+ lazy R1': dict(losses=replace(ALL_ON, r1_every=4)),
+    '+ channels last': dict(speed=dict(channels_last=True)),
 }
 ON_GPU = {'+ compile': dict(speed=dict(compile='default')), '+ CUDA graphs': dict(speed=dict(compile='reduce-overhead'))}
 
