@@ -20,8 +20,8 @@ def module_name(path):
 
 
 def place(path):
-    """Where the notebook that exports the module at `path` stands in reading order: '03' or '04a'."""
-    return re.search(r'File to edit: \S*?(\d+\w?)_\w+\.ipynb', path.read_text(encoding='utf-8'))[1]
+    """Where the last notebook that exports into the module at `path` stands in reading order: '03' or '04a'."""
+    return max(re.findall(r'^# %% \S*?(\d+\w?)_\w+\.ipynb', path.read_text(encoding='utf-8'), re.MULTILINE))
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob('*.py')) if not path.name.startswith('_')}
