@@ -19,7 +19,7 @@ from . import __version__
 def check(args):
     "Print what `check_dataset` found. Raises `InputError` if that is any problem."
     from twocet_nb.data import InputError, check_dataset
-    from twocet_nb.trainer import data_root
+    from twocet_nb.config import data_root
     report = check_dataset(data_root(args.root))
     print(report)
     if not report.ok: raise InputError(f'{args.root}: {len(report.problems)} problem(s), listed above')

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from .config import data_root, find_data
 from .data import FACE_FOLDERS, InputError, image_grid, to_pil, to_tensor
 from .losses import sample_codes
 from .networks import count_parameters, load_official, pick_device, read_card, save_networks
 from .runs import SHIPPED, SyntheticImage, open_networks, weights_path
-from .trainer import AVERAGED, data_root, find_data
+from .trainer import AVERAGED
 
 # %% ../nbs/06_transfer.ipynb #00000009
 CHUNK = 32  # faces that are decoded and computed at a time
