@@ -24,6 +24,19 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.twocet_cache, ignore_errors=True)
 
 
+@pytest.fixture(scope='session')
+def few_faces(tmp_path_factory):
+    """Four faces of each type and split: opening thousands of files would take most of the time."""
+    from twocet_nb.data import bundled, list_faces
+    few = tmp_path_factory.mktemp('few')
+    for split in ('train', 'test'):
+        for face_type, folder in enumerate(('a_n', 'b_e')):
+            (few/split/folder).mkdir(parents=True)
+            for path in list_faces(bundled('faces-64'), split, face_type)[:4]:
+                shutil.copy(path, few/split/folder)
+    return few
+
+
 class Result(NamedTuple):
     code: int
     out: str

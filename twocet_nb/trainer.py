@@ -31,7 +31,8 @@ from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_
 from .networks import build_networks, pick_device
 from .speed import Speed, make_adam, move_towards, speed_up, together
 from .config import TrainConfig, preset, read_config, write_config
-from .guard import RunLock, Speedometer, check_memory, data_changed, data_hash, differences, explain_out_of_memory, record_sitting
+from .guard import RunLock, data_changed, data_hash, differences, record_sitting
+from .memory import Speedometer, check_memory, explain_out_of_memory
 from .runs import History, LiveView, finish_on_interrupt, latest_checkpoint, load_checkpoint, mark_best, open_networks, prune_checkpoints, save_checkpoint, save_picture
 
 # %% ../nbs/05_trainer.ipynb #00000007
