@@ -1,4 +1,4 @@
-"""What the notebook 01a_prepare cannot test: other people, killed processes, full disks, hostile trees, and the commands on top."""
+"""What the notebooks 01a_portraits and 01b_prepare cannot test: other people, killed processes, full disks, hostile trees, and the commands on top."""
 import errno
 import json
 import os
