@@ -217,6 +217,17 @@ def test_every_bad_file_is_named(cfee, tmp_path):
     assert all(f'- {name}: ' in str(report) for name in reasons) and '8 skipped' in str(report)
 
 
+def test_enlarged_pictures_are_used_and_counted(tmp_path):
+    album(tmp_path/'album', size=(96, 70))
+    noise(tmp_path/'album/ann/sad.png', 91, (60, 40))
+    noise(tmp_path/'album/zed/calm.png', 92, (16, 16))  # is skipped, so its size does not matter
+    report = quickly(tmp_path/'album', tmp_path/'out', size=64)
+    line = 'enlarged to 64 px, and so blurred: 1 of 12 pictures, the smallest from 40 px'
+    assert sum(report.counts.values()) == 12 and [file for file, _ in report.skipped] == ['zed/calm.png']
+    assert line in str(report).splitlines() and line in json.loads((tmp_path/'out/prepared.json').read_text())['notes']
+    assert 'enlarged' not in str(quickly(tmp_path/'album', tmp_path/'small', size=40)), '40 of 40 px are enough'
+
+
 def test_no_reason_tells_a_place_of_this_machine(tmp_path):
     album(tmp_path/'album')
     for name in ('ann/bad.png', 'ann/worse.png'):

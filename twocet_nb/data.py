@@ -728,7 +728,7 @@ from tqdm.auto import tqdm
 class PreparationReport:
     """What a `prepare_...` function did. `print(report)` says it; `report.ok` is True when `check_dataset` finds nothing wrong.
 
-    root: the new dataset. dataset: its `DatasetReport`. held_out: the people in `test`; notes: lines, such as why these.
+    root: the new dataset. dataset: its `DatasetReport`. held_out: the people in `test`; notes: lines, such as why these, or how many pictures were enlarged.
     skipped: (file, reason) of every picture that could not be used. unused: {kind: how many} were left out on purpose.
     """
     root: Path
@@ -895,13 +895,20 @@ def _write_record(path, settings, report, records):
     path.write_bytes((json.dumps(content, indent=1) + '\n').encode())
 
 # %% ../nbs/01b_prepare.ipynb #00000029
+def _note_enlarged(done, size, report):
+    "Note how many pictures of {file: (..., square)} come from squares with fewer than `size` px a side; the report says nothing if none does."
+    small = [square[2] for *_, square in done.values() if square[2] < size]
+    if small:
+        report.notes.append(f'enlarged to {size} px, and so blurred: {len(small)} of {len(done)} pictures, the smallest from {min(small):.0f} px')
+
+# %% ../nbs/01b_prepare.ipynb #0000002c
 def _people(src, portraits, report):
     "The people of some portraits, sorted. Raises InputError, with the first reason, when there are none."
     if people := sorted({portrait.person for portrait in portraits}): return people
     first = ''.join(f'; the first of {len(report.skipped)} skipped is {file}: {reason}' for file, reason in report.skipped[:1])
     raise InputError(f'{src}: nobody with a neutral and an emotional face{first}; mend: check that this is the right folder')
 
-# %% ../nbs/01b_prepare.ipynb #0000002a
+# %% ../nbs/01b_prepare.ipynb #0000002d
 def _prepare(src, out, read_name, cut, size, test, seed, quiet, listed=(), number=lambda portraits, report: portraits, **settings):
     "What all `prepare_...` functions do. read_name: file -> Portrait; cut: (file, image) -> (box, square); number: the last word on names."
     _check_places(src := Path(src), out := Path(out))
@@ -913,13 +920,14 @@ def _prepare(src, out, read_name, cut, size, test, seed, quiet, listed=(), numbe
         done = _complete(_cut_all(src, portraits, cut, size, scratch/'crops', report, quiet), report)
         report.held_out, why = _held_out(_people(src, [portrait for portrait, *_ in done.values()], report), test, listed, seed, needed=False)
         report.notes.append(why)
+        _note_enlarged(done, size, report)
         report.skipped.sort()
         settings = dict(settings, size=size, test=test, seed=seed)
         _write_record(scratch/'new'/'prepared.json', settings, report, _arrange(done, report.held_out, scratch))
     report.dataset = check_dataset(out)
     return report
 
-# %% ../nbs/01b_prepare.ipynb #0000002c
+# %% ../nbs/01b_prepare.ipynb #0000002f
 def prepare_cfee(src, out, size=128, boxes=None, test=None, seed=0, quiet=False):
     """Make a dataset `out` of CFEE's folder `src`; returns a `PreparationReport`.
 
@@ -931,18 +939,18 @@ def prepare_cfee(src, out, size=128, boxes=None, test=None, seed=0, quiet=False)
     return _prepare(src, out, cfee_name, _face_cutter(boxes), size, test, seed, quiet, listed=CFEE_TEST,
                     protocol='cfee', boxes=boxes and Path(boxes).name)
 
-# %% ../nbs/01b_prepare.ipynb #00000035
+# %% ../nbs/01b_prepare.ipynb #00000037
 def prepare_rafd(src, out, size=128, test=None, seed=0, quiet=False):
     """Make a dataset `out` of RaFD's folder `src`: cameras 045, 090, 135, a fixed window, no detector. See `prepare_cfee`; six people are held out."""
     def cut(file, image): return None, rafd_square(image)
     return _prepare(src, out, rafd_name, cut, size, test, seed, quiet, listed=RAFD_TEST, protocol='rafd')
 
-# %% ../nbs/01b_prepare.ipynb #0000003a
+# %% ../nbs/01b_prepare.ipynb #0000003c
 def prepare_cfd(src, out, size=128, boxes=None, test=None, seed=0, quiet=False):
     """Make a dataset `out` of CFD's folder `src`; one person in ten is held out. See `prepare_cfee`. People who are only neutral are skipped."""
     return _prepare(src, out, cfd_name, _face_cutter(boxes), size, test, seed, quiet, protocol='cfd', boxes=boxes and Path(boxes).name)
 
-# %% ../nbs/01b_prepare.ipynb #0000003d
+# %% ../nbs/01b_prepare.ipynb #0000003f
 def _number(portraits, report):
     "Number the classes of emotional faces from 2, in the order of their names, and the pictures of every person from 1."
     texts = sorted({portrait.cls for portrait in portraits.values() if portrait.face_type})
@@ -954,7 +962,7 @@ def _number(portraits, report):
     report.notes.append('classes: 1 neutral, ' + ', '.join(f'{number} {text or "emotional"}' for text, number in numbers.items()))
     return numbered
 
-# %% ../nbs/01b_prepare.ipynb #00000040
+# %% ../nbs/01b_prepare.ipynb #00000042
 def _centre_cut(file, image):
     "The central square of an image, looking for no face."
     side = min(image.size)
