@@ -1,9 +1,11 @@
-"""What all tests share: one thread a process, one cache for the session, the command line as a fixture."""
+"""What all tests share: one thread a process, one cache for the session, a few faces, a full disk, and the command line."""
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +26,48 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.twocet_cache, ignore_errors=True)
 
 
+@pytest.fixture(scope='session')
+def few_faces(tmp_path_factory):
+    """Four faces of each type and split: opening thousands of files would take most of the time."""
+    from twocet_nb.data import bundled, list_faces
+    few = tmp_path_factory.mktemp('few')
+    for split in ('train', 'test'):
+        for face_type, folder in enumerate(('a_n', 'b_e')):
+            (few/split/folder).mkdir(parents=True)
+            for path in list_faces(bundled('faces-64'), split, face_type)[:4]:
+                shutil.copy(path, few/split/folder)
+    return few
+
+
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
+    """A folder on a disk of 300 kB where mounting is allowed; else `os.fsync` and `Path.write_bytes` fail in it as on a full disk."""
+    place = tmp_path/'disk'
+    place.mkdir()
+    mount = shutil.which('mount')
+    if mount and subprocess.run([mount, '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', place], capture_output=True).returncode == 0:
+        yield place
+        subprocess.run(['umount', '-l', place], check=True)
+        return
+    sync, write = os.fsync, Path.write_bytes
+
+    def need(more):
+        if sum(path.stat().st_size for path in place.rglob('*') if path.is_file()) + more > 300_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fsync(handle):
+        need(0)
+        sync(handle)
+
+    def write_bytes(path, content):
+        if place in path.parents:
+            need(len(content))
+        return write(path, content)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+    yield place
+
+
 class Result(NamedTuple):
     code: int
     out: str
@@ -41,4 +85,26 @@ def cli(tmp_path):
         done = subprocess.run([sys.executable, '-c', TWOCET, *map(str, args)], cwd=cwd, timeout=timeout,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
         return Result(done.returncode, done.stdout, done.stderr)
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def twocet(here, capsys):
+    """code, out, err of a command in this process: seconds cheaper than the `cli` fixture, which starts a new one."""
+    from twocet_nb.cli import main
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
     return run

@@ -21,26 +21,6 @@ COMMANDS = 'check', 'prepare', 'train', 'resume', 'transfer', 'import', 'demo'
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder as the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def twocet(here, capsys):
-    """code, out, err of a command in this process: seconds cheaper than the `cli` fixture, which starts a new one."""
-    def run(*words):
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
-
-@pytest.fixture
 def fails(twocet):
     """Run a command that must end with exit code 2 and one line on the error stream; return that line."""
     def run(*words):

@@ -1,4 +1,4 @@
-"""What the notebook 04c_guard cannot test: locks between processes that are killed and forked, and memory as the system sees it."""
+"""What the notebook 04c_guard cannot test: locks between processes that are killed and forked, and runs that are damaged."""
 import errno
 import json
 import os
@@ -12,28 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from twocet_nb import guard, trainer
+from twocet_nb import guard
 from twocet_nb.cli import main
 from twocet_nb.config import TrainConfig, preset, write_config
-from twocet_nb.data import InputError, bundled, list_faces
-from twocet_nb.guard import RunLock, Speedometer, data_hash, differences, is_locked, list_runs, print_runs, record_sitting
+from twocet_nb.data import InputError
+from twocet_nb.guard import RunLock, data_hash, differences, is_locked, list_runs, print_runs, record_sitting
 from twocet_nb.losses import LossConfig, Schedule
 from twocet_nb.networks import NetworkConfig
 
 posix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
-trainer_locks = pytest.mark.skipif(not hasattr(trainer, 'RunLock'), reason='the trainer does not use guard.RunLock yet')
-
-
-@pytest.fixture(scope='module')
-def faces(tmp_path_factory):
-    """Four faces of each type and split: opening thousands of files would take most of the time here."""
-    few = tmp_path_factory.mktemp('few')
-    for split in ('train', 'test'):
-        for face_type, folder in enumerate(('a_n', 'b_e')):
-            (few/split/folder).mkdir(parents=True)
-            for path in list_faces(bundled('faces-64'), split, face_type)[:4]:
-                shutil.copy(path, few/split/folder)
-    return few
 
 
 # A holder that forks two workers, as a DataLoader does: one ends, the other lets go of what it inherited and lives on.
@@ -99,10 +86,9 @@ def wait_for(path, process):
 
 
 @posix
-@trainer_locks
-def test_two_trainings_in_one_folder(tmp_path, faces, capsys):
+def test_two_trainings_in_one_folder(tmp_path, few_faces, capsys):
     run = tmp_path/'runs/mine'
-    words = ['train', '--data', str(faces), '--preset', 'tiny', '--device', 'cpu', '--save-every', '1', '--run', str(run)]
+    words = ['train', '--data', str(few_faces), '--preset', 'tiny', '--device', 'cpu', '--save-every', '1', '--run', str(run)]
     first = subprocess.Popen([sys.executable, '-m', 'twocet_nb.cli', *words, '--steps', '100000'])
     try:
         wait_for(run/'checkpoints/step-000001', first)
@@ -122,45 +108,6 @@ def test_two_trainings_in_one_folder(tmp_path, faces, capsys):
     assert [(info.state, info.step) for info in list_runs(run.parent)] == [('finished', step + 2)]
 
 
-# Where malloc maps every larger block by itself, freed memory leaves the process at once: the peak is what was alive.
-# Only anonymous memory counts: code comes and goes with the system's cache. The peak is watched from a thread.
-MEASURE = '''
-import re, sys, threading, time
-from pathlib import Path
-from twocet_nb.config import TrainConfig, preset
-from twocet_nb.guard import memory_needed
-from twocet_nb.networks import NetworkConfig
-from twocet_nb.trainer import Trainer
-
-def anonymous(): return int(re.search(r'RssAnon:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
-
-seen, done = [], threading.Event()
-def watch():
-    while not done.wait(.002): seen.append(anonymous())
-
-data, folder, name = sys.argv[1:]
-few = dict(data=data, memory='workers', device='cpu')
-config = dict(course=preset('course', **few), wide=TrainConfig(network=NetworkConfig(32, 64, 128, 32), **few))[name]
-Trainer(preset('tiny', precision=config.precision, **few), folder + '/warm', quiet=True).train_step()    # what torch keeps for itself
-before = anonymous()
-run = Trainer(config, folder + '/run', quiet=True)
-run.step = 300    # every loss of the course counts here
-threading.Thread(target=watch, daemon=True).start()
-run.train_step()
-done.set()
-print(sum(memory_needed(run.networks, config).parts().values()) / (max(seen) - before))
-'''
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='the peak is read as Linux counts it')
-@pytest.mark.parametrize('name', ['course', 'wide'])
-def test_the_estimate_is_what_the_system_sees(tmp_path, faces, name):
-    done = subprocess.run([sys.executable, '-c', MEASURE, faces, tmp_path, name], capture_output=True, text=True,
-                          env=os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536', OMP_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr
-    assert .8 < float(done.stdout) < 1.1, 'the reserve covers the rest'
-
-
 CHANGES = dict(precision='bf16', device='cpu', memory='workers', workers=2, log_every=1, sample_every=7, save_every=7, keep=0, data='faces-64',
                losses=replace(LossConfig.paper(), ds=Schedule.constant(2.)), steps=7, batch_size=4, lr_generator=1., lr_encoder=1.,
                lr_discriminator=1., beta1=.5, weight_decay=0., ema_decay=.5, codes='gaussian', seed=7, start_from='faces-64')
@@ -177,10 +124,10 @@ def test_other_networks_are_refused_with_both_values():
         differences(TrainConfig(), TrainConfig(network=NetworkConfig.course()))
 
 
-def test_the_hash_sees_names_types_and_contents(tmp_path, faces):
+def test_the_hash_sees_names_types_and_contents(tmp_path, few_faces):
     def changed(what):
         shutil.rmtree(tmp_path/'copy', ignore_errors=True)
-        copy = Path(shutil.copytree(faces, tmp_path/'copy'))
+        copy = Path(shutil.copytree(few_faces, tmp_path/'copy'))
         what(copy/'train/a_n', copy/'train/b_e')
         return data_hash(copy)
 
@@ -195,8 +142,8 @@ def test_the_hash_sees_names_types_and_contents(tmp_path, faces):
     unseen = [lambda a, b: None, lambda a, b: (a/'Thumbs.db').write_bytes(b'x'), lambda a, b: (a.parent/'images.csv').write_text('x'),
               lambda a, b: os.utime(next(a.iterdir()), (0, 0))]
     seen = [swap, move, lambda a, b: next(b.iterdir()).unlink(), lambda a, b: shutil.rmtree(a.parents[1]/'test')]
-    assert {changed(what) for what in unseen} == {data_hash(faces)}
-    assert len({data_hash(faces), *map(changed, seen)}) == 1 + len(seen)
+    assert {changed(what) for what in unseen} == {data_hash(few_faces)}
+    assert len({data_hash(few_faces), *map(changed, seen)}) == 1 + len(seen)
 
 
 def test_sittings_survive_a_crash_in_the_middle_of_a_line(tmp_path):
@@ -233,13 +180,3 @@ def test_a_run_that_got_over_its_divergence_is_not_diverged(tmp_path):
         folder.mkdir(parents=True)
         os.utime(folder, (1000 + step,) * 2), os.utime(tmp_path/'a/diverged-000012', (1010.5,) * 2)
         assert list_runs(tmp_path)[0].state == state
-
-
-def test_a_speedometer_with_slow_steps_looks_at_the_last_one():
-    now = 0
-    meter = Speedometer(6, window=10, clock=lambda: now)
-    for now in (100, 130, 150):
-        meter.tick()
-    assert meter.images_per_second() == 6 / 20 and meter.time_left(3) == 60
-    meter.tick()
-    assert meter.postfix()['images/s'], 'two ticks at one moment divide by nothing'

@@ -1,5 +1,4 @@
-"""What the notebook 01a_prepare cannot test: other people, killed processes, full disks, hostile trees, and the commands on top."""
-import errno
+"""What the notebooks 01a_portraits and 01b_prepare cannot test: other people, killed processes, full disks, hostile trees, and the commands on top."""
 import json
 import os
 import pickle
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 
 from twocet_nb import data
-from twocet_nb.cli import main
 from twocet_nb.data import (CFD_CLASSES, CFEE_TEST, RAFD_CLASSES, RAFD_GAZES, InputError, bundled, cfd_name, cfee_name, check_dataset, find_face,
                             prepare_cfd, prepare_cfee, prepare_folder, prepare_rafd, rafd_name, read_face)
 from twocet_nb.networks import NetworkConfig, build_networks, load_networks, read_card
@@ -219,6 +217,17 @@ def test_every_bad_file_is_named(cfee, tmp_path):
     assert all(f'- {name}: ' in str(report) for name in reasons) and '8 skipped' in str(report)
 
 
+def test_enlarged_pictures_are_used_and_counted(tmp_path):
+    album(tmp_path/'album', size=(96, 70))
+    noise(tmp_path/'album/ann/sad.png', 91, (60, 40))
+    noise(tmp_path/'album/zed/calm.png', 92, (16, 16))  # is skipped, so its size does not matter
+    report = quickly(tmp_path/'album', tmp_path/'out', size=64)
+    line = 'enlarged to 64 px, and so blurred: 1 of 12 pictures, the smallest from 40 px'
+    assert sum(report.counts.values()) == 12 and [file for file, _ in report.skipped] == ['zed/calm.png']
+    assert line in str(report).splitlines() and line in json.loads((tmp_path/'out/prepared.json').read_text())['notes']
+    assert 'enlarged' not in str(quickly(tmp_path/'album', tmp_path/'small', size=40)), '40 of 40 px are enough'
+
+
 def test_no_reason_tells_a_place_of_this_machine(tmp_path):
     album(tmp_path/'album')
     for name in ('ann/bad.png', 'ann/worse.png'):
@@ -375,26 +384,6 @@ def test_a_killed_process_never_leaves_half_a_dataset(tmp_path):
     assert calls > 15 and litter > 5, 'killed at every call that changes a name'
 
 
-@pytest.fixture
-def full_disk(tmp_path, monkeypatch):
-    """A folder on a disk of 300 kB where mounting is allowed; else writing fails as on a full disk."""
-    place = tmp_path/'disk'
-    place.mkdir()
-    mount = shutil.which('mount')
-    if mount and subprocess.run([mount, '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', place], capture_output=True).returncode == 0:
-        yield place
-        subprocess.run(['umount', '-l', place], check=True)
-        return
-    write = Path.write_bytes
-
-    def write_bytes(path, content):
-        if place in path.parents and sum(p.stat().st_size for p in place.rglob('*') if p.is_file()) + len(content) > 300_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, content)
-    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
-    yield place
-
-
 def test_a_full_disk_leaves_nothing(full_disk, tmp_path):
     album(tmp_path/'album', size=(256, 256))
     with pytest.raises(InputError, match='out: could not be written .No space left.*mend'):
@@ -478,21 +467,6 @@ def test_a_prepared_folder_trains(cfee, tmp_path):
 
 
 # The command line
-
-@pytest.fixture
-def twocet(tmp_path, monkeypatch, capsys):
-    """code, out, err of a command in this process and an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
 
 def test_prepare_commands(twocet, cfee, rafd):
     code, out, err = twocet('prepare', 'cfee', cfee, 'a', '--size', 64, '--test', '3,190')

@@ -116,27 +116,6 @@ def test_a_killed_process_never_leaves_half_a_checkpoint(tmp_path):
     assert litter, 'some of the random moments were in the middle'
 
 
-@pytest.fixture
-def full_disk(tmp_path, monkeypatch):
-    """A folder on a disk of 300 kB where mounting is allowed; else `os.fsync` of any large file fails as on a full disk."""
-    place = tmp_path/'disk'
-    place.mkdir()
-    mount = shutil.which('mount')
-    if mount and subprocess.run([mount, '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', place], capture_output=True).returncode == 0:
-        yield place
-        subprocess.run(['umount', '-l', place], check=True)
-        return
-    sync = os.fsync
-
-    def fsync(handle):
-        used = sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
-        if used > 300_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(handle)
-    monkeypatch.setattr(os, 'fsync', fsync)
-    yield place
-
-
 def test_a_full_disk_leaves_earlier_checkpoints_and_no_scratch(full_disk, networks):
     checkpoints = full_disk/'run/checkpoints'
     save_checkpoint(checkpoints/'step-000001', networks, TINY, dict(step=1))

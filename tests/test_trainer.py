@@ -184,8 +184,8 @@ def test_faces_that_changed_between_sittings_are_named(tmp_path, capsys):
 
 
 def test_a_run_that_does_not_fit_is_refused_before_its_first_step(tmp_path, monkeypatch):
-    from twocet_nb import guard
-    monkeypatch.setattr(guard, 'available_memory', lambda device: 2**20)
+    from twocet_nb import memory
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 2**20)
     with pytest.raises(InputError, match='mend: try'): Trainer(preset('tiny'), tmp_path, quiet=True)
     assert Trainer(preset('tiny', memory_check=False), tmp_path, quiet=True).step == 0
 

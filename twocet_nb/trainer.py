@@ -120,7 +120,7 @@ from accelerate.tracking import get_available_trackers
 
 from .config import TrainConfig, find_data, preset
 from .data import FaceBatches, InputError, _seed_from, image_grid
-from .guard import check_memory
+from .memory import check_memory
 from .networks import pick_device
 from .runs import History, load_checkpoint, open_networks, prune_checkpoints, save_checkpoint
 from .speed import make_adam, speed_up
@@ -324,7 +324,8 @@ from tqdm.auto import tqdm
 
 from .config import data_root, read_config, write_config
 from .data import card, packs, share_of, to_tensor
-from .guard import RunLock, Speedometer, data_changed, data_hash, differences, explain_out_of_memory, record_sitting
+from .guard import RunLock, data_changed, data_hash, differences, record_sitting
+from .memory import Speedometer, explain_out_of_memory
 from .runs import LiveView, finish_on_interrupt, latest_checkpoint, mark_best, save_picture
 
 # %% ../nbs/05b_training.ipynb #00000007
