@@ -18,7 +18,7 @@ from scipy.special import rel_entr
 from .data import InputError
 from .networks import write_atomically
 
-# %% ../nbs/07_metrics.ipynb #00000009
+# %% ../nbs/07_metrics.ipynb #00000008
 def check_features(features, name='features'):
     """Features as an (N, d) float64 array, d at least 1. name: what a message calls them.
 
@@ -33,7 +33,7 @@ def check_features(features, name='features'):
         raise InputError(f'{name}: NaN or infinity in row {bad[0]} ({len(bad)} of {len(rows)} rows); mend: look at that picture, or at the network')
     return rows
 
-# %% ../nbs/07_metrics.ipynb #00000010
+# %% ../nbs/07_metrics.ipynb #0000000f
 def square_root(covariance):
     """The symmetric root R of a covariance S, R @ R = S, by eigenvalues: real, and defined for singular S too.
 
@@ -44,11 +44,11 @@ def square_root(covariance):
     if covariance.shape[0] != covariance.shape[1] or np.abs(covariance - covariance.T).max() > 1e-6 * scale:
         raise InputError(f'a {covariance.shape} matrix that is not symmetric is no covariance; mend: pass (d, d), as numpy.cov gives')
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    if values[0] < -1e-6 * scale * len(values): raise InputError(f'a negative variance, {values[0]:.3g}; mend: pass a covariance')
+    if values[0] < -1e-5 * np.abs(values).max(): raise InputError(f'a negative variance, {values[0]:.3g}; mend: pass a covariance')
     rounding = len(values) * np.finfo(float).eps * values[-1]
     return vectors * np.sqrt(np.where(values > rounding, values, 0)) @ vectors.T
 
-# %% ../nbs/07_metrics.ipynb #00000014
+# %% ../nbs/07_metrics.ipynb #00000013
 def _triangle(rows):
     "At most d rows with the same rows.T @ rows."
     return np.linalg.qr(rows, mode='r') if rows.shape[0] > rows.shape[1] else rows
@@ -56,18 +56,16 @@ def _triangle(rows):
 def _merge(stats, n, mean, rows):
     "Take n more features into `stats`: their mean, and a list of rows that are a root of their scatter (Chan, Golub and LeVeque 1979)."
     if not n: return stats
-    if not stats.n:
-        stats.n, stats.mean, stats._rows = n, mean, list(rows)
-        return stats
+    if stats.mean is None: stats.mean = mean
     if len(mean) != len(stats.mean):
         raise InputError(f'{len(mean)} features a picture after {len(stats.mean)}; mend: use one extractor for all')
     delta, total = mean - stats.mean, stats.n + n
-    stats._rows += [*rows, np.sqrt(stats.n * n / total) * delta[None]]
+    stats._rows = [*stats._rows, *rows, np.sqrt(stats.n * n / total) * delta[None]]
     stats.mean, stats.n = stats.mean + delta * (n / total), total
     if sum(map(len, stats._rows)) > 2 * len(mean): stats._rows = [_triangle(np.concatenate(stats._rows))]
     return stats
 
-# %% ../nbs/07_metrics.ipynb #00000015
+# %% ../nbs/07_metrics.ipynb #00000014
 class FeatureStats:
     """Number, mean and covariance of features that come in portions, in float64: all that a Frechet distance needs.
 
@@ -89,20 +87,19 @@ class FeatureStats:
     def __add__(self, other):
         return _merge(_merge(FeatureStats(), self.n, self.mean, self._rows), other.n, other.mean, other._rows)
 
-    def __radd__(self, zero): return self + FeatureStats()    # sum() begins with 0
+    def __radd__(self, zero): return FeatureStats() + self if zero == 0 else NotImplemented    # sum() begins with 0
+
+    @property
+    def factor(self):
+        if self.n < 2: raise InputError(f'{self.n} features have no covariance; mend: give at least two, better thousands')
+        self._rows = [_triangle(np.concatenate(self._rows))]
+        return self._rows[0] / np.sqrt(self.n - 1)
+
+    covariance = property(lambda self: self.factor.T @ self.factor)
 
     def __repr__(self): return f'FeatureStats({self.n} x {0 if self.mean is None else len(self.mean)})'
 
-# %% ../nbs/07_metrics.ipynb #00000017
-def _factor(stats):
-    if stats.n < 2: raise InputError(f'{stats.n} features have no covariance; mend: give at least two, better thousands')
-    stats._rows = [_triangle(np.concatenate(stats._rows))]
-    return stats._rows[0] / np.sqrt(stats.n - 1)
-
-FeatureStats.factor = property(_factor)
-FeatureStats.covariance = property(lambda stats: stats.factor.T @ stats.factor)
-
-# %% ../nbs/07_metrics.ipynb #0000001e
+# %% ../nbs/07_metrics.ipynb #0000001b
 def _save(stats, path):
     "Write an .npz file that `FeatureStats.load` opens: n, mean, and a root of the scatter matrix. Raises InputError if that fails."
     content, mean = io.BytesIO(), np.zeros(0) if stats.mean is None else stats.mean
@@ -125,7 +122,7 @@ def _from_moments(cls, mean, covariance, n):
 
 FeatureStats.save, FeatureStats.load, FeatureStats.from_moments = _save, classmethod(_load), classmethod(_from_moments)
 
-# %% ../nbs/07_metrics.ipynb #00000021
+# %% ../nbs/07_metrics.ipynb #0000001e
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the squared distance of two Gaussians; of Inception features, FID.
 
@@ -140,7 +137,7 @@ def frechet_distance(a, b):
     cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     return max(0., float(((a.mean - b.mean)**2).sum() + (root_a**2).sum() + (root_b**2).sum() - 2 * cross))
 
-# %% ../nbs/07_metrics.ipynb #00000028
+# %% ../nbs/07_metrics.ipynb #00000025
 def size_curve(a, b, parts=10, distance=frechet_distance, seed=0):
     """The mean distance of a and b cut into k parts each, k = 1 ... parts: arrays (sizes N / k, values). All data is used at every size.
 
@@ -159,12 +156,12 @@ def size_curve(a, b, parts=10, distance=frechet_distance, seed=0):
 def frechet_infinity(a, b, parts=10, seed=0):
     """The Frechet distance for infinitely many samples: `size_curve` as a line in 1 / N, where 1 / N is 0 (Chong and Forsyth 2020).
 
-    Unbiased where every part has clearly more than d rows, and better than nothing elsewhere. May be below 0 by chance. Else as `size_curve`.
+    Needs N of 4 d and more; with fewer it is still too high. May fall below 0 by chance. Parameters and errors: as `size_curve`.
     """
     sizes, values = size_curve(a, b, parts, seed=seed)
     return float(np.polyfit(1 / sizes, values, 1)[1])
 
-# %% ../nbs/07_metrics.ipynb #0000002c
+# %% ../nbs/07_metrics.ipynb #00000028
 class Estimate(float):
     "A mean that remembers its standard deviation `.std`, and the size of the samples `.n`: a float that unpacks, mean, std = estimate."
     def __new__(cls, mean, std=None, n=None):
@@ -174,7 +171,7 @@ class Estimate(float):
 
     def __iter__(self): return iter((float(self), self.std))
 
-# %% ../nbs/07_metrics.ipynb #0000002d
+# %% ../nbs/07_metrics.ipynb #00000029
 def _alike(a, b, same=False):
     "The mean of the cubic kernel over all pairs of rows; with `same`, of different rows. In blocks, to save memory."
     total = 0.
@@ -201,7 +198,7 @@ def kernel_distance(a, b, subset_size=None, subsets=100, seed=2020):
     values = [kernel_distance(*draw) for draw in draws]
     return Estimate(np.mean(values), np.std(values), subset_size)
 
-# %% ../nbs/07_metrics.ipynb #00000034
+# %% ../nbs/07_metrics.ipynb #00000030
 def inception_score(probabilities, splits=10, batch_size=None, seed=2020):
     """exp(mean KL(p(c|x) || p(c))), an `Estimate`: mean and standard deviation over `splits` (Salimans et al. 2016). From 1 to C.
 
@@ -220,14 +217,19 @@ def inception_score(probabilities, splits=10, batch_size=None, seed=2020):
     scores = [np.exp(rel_entr(part, part.mean(0)).sum(1).mean()) for part in np.split(p, places)]
     return Estimate(np.mean(scores), np.std(scores), len(p))
 
-# %% ../nbs/07_metrics.ipynb #0000003a
+# %% ../nbs/07_metrics.ipynb #00000035
+def _members(n, groups):
+    "{group: its rows}; without groups every row is one."
+    if groups is None: return dict(enumerate(np.arange(n)[:, None]))
+    labels = np.asarray(groups)
+    if labels.shape != (n,): raise InputError(f'groups of shape {labels.shape} for {n} features; mend: give one label a row')
+    names, counts = np.unique(labels, return_counts=True)
+    return dict(zip(names.tolist(), np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])))
+
 def _halves(n, groups, rng):
     "Two disjoint arrays of rows, random and of equal length; with groups, none has rows in both."
-    order, sides = rng.permutation(n), ([], [])
-    if groups is None: return order[:n // 2], order[n // 2:2 * (n // 2)]
-    groups = np.asarray(groups)
-    if len(groups) != n: raise InputError(f'{len(groups)} groups for {n} features; mend: give one a row')
-    for group in rng.permutation(np.unique(groups)): min(sides, key=len).extend(order[groups[order] == group])
+    members, sides = list(_members(n, groups).values()), ([], [])
+    for i in rng.permutation(len(members)): min(sides, key=len).extend(members[i])
     size = min(map(len, sides))
     return [rng.permutation(side)[:size].astype(int) for side in sides]
 
@@ -244,13 +246,7 @@ def floor(features, most=None, groups=None, distance=frechet_distance, repeats=1
     values = [distance(features[a[:n]], features[b[:n]]) for a, b in pairs]
     return Estimate(np.mean(values), np.std(values), n)
 
-# %% ../nbs/07_metrics.ipynb #0000003d
-def _rows_of(n, groups):
-    "{group: its rows}; without groups every row is one."
-    if groups is None: return dict(enumerate(np.arange(n)[:, None]))
-    if len(groups) != n: raise InputError(f'{len(groups)} groups for {n} features; mend: give one a row')
-    return {group: np.flatnonzero(np.asarray(groups) == group) for group in sorted(set(groups))}
-
+# %% ../nbs/07_metrics.ipynb #00000038
 def bootstrap(a, b, distance=frechet_distance, groups_a=None, groups_b=None, resamples=200, level=.95, seed=0):
     """A confidence interval (low, high) of distance(a, b) at these sizes: resampled, and shifted so that the resamples' mean is the value.
 
@@ -259,20 +255,20 @@ def bootstrap(a, b, distance=frechet_distance, groups_a=None, groups_b=None, res
     """
     a, b, rng = check_features(a, 'a'), check_features(b, 'b'), np.random.default_rng(seed)
     if resamples < 2 or not 0 < level < 1: raise InputError(f'{resamples} resamples, level {level}; mend: give 2 or more, and a level such as 0.95')
-    members_a, members_b = _rows_of(len(a), groups_a), _rows_of(len(b), groups_b)
+    members_a, members_b = _members(len(a), groups_a), _members(len(b), groups_b)
     together = groups_a is not None and groups_b is not None and members_a.keys() == members_b.keys()
-    def draw(members):
-        names = list(members)
-        return [names[i] for i in rng.integers(len(names), size=len(names))]
+    def resample(rows, members, drawn):
+        groups = list(members.values())
+        return rows[np.concatenate([groups[i] for i in drawn])]
     values = []
     for _ in range(resamples):
-        drawn_a = draw(members_a)
-        drawn_b = drawn_a if together else draw(members_b)
-        values.append(distance(*(s[np.concatenate([m[name] for name in d])] for s, m, d in ((a, members_a, drawn_a), (b, members_b, drawn_b)))))
+        drawn_a = rng.integers(len(members_a), size=len(members_a))
+        drawn_b = drawn_a if together else rng.integers(len(members_b), size=len(members_b))
+        values.append(distance(resample(a, members_a, drawn_a), resample(b, members_b, drawn_b)))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) + distance(a, b) - np.mean(values)
     return float(low), float(high)
 
-# %% ../nbs/07_metrics.ipynb #00000042
+# %% ../nbs/07_metrics.ipynb #0000003d
 @dataclass(frozen=True)
 class Score:
     """A number and what it takes to believe it; prints itself as one line.
@@ -295,18 +291,25 @@ class Score:
     def __repr__(self):
         interval = f' [{self.interval[0]:.4g}, {self.interval[1]:.4g}]' if self.interval else ''
         parts = [f'{self.name} {self.value:.4g}{interval}', self.protocol, f'{self.n_real} real, {self.n_fake} fake']
-        if self.floor is not None: parts.append(f'at {self.floor_n} each {self.at_floor_n:.4g}, floor {self.floor:.4g}')
+        at_n = f'at {self.floor_n} each {self.at_floor_n:.4g}, ' if self.at_floor_n is not None else ''
+        if self.floor is not None: parts.append(f'{at_n}floor {self.floor:.4g}')
         return ' | '.join(parts + ([f'warning: {self.warning}'] if self.warning else []))
 
     def to_dict(self): return asdict(self) | dict(interval=list(self.interval) if self.interval else None)
 
-# %% ../nbs/07_metrics.ipynb #00000043
-ENOUGH = 2048    # with fewer pictures a Frechet distance says little, whatever the features
+# %% ../nbs/07_metrics.ipynb #0000003e
+ENOUGH = 2048    # with fewer pictures a Frechet distance deserves a warning, whatever the features
+
+def _part(n, size, groups, rng):
+    "`size` of n rows at random; with groups, of as few groups as give so many."
+    members = list(_members(n, groups).values())
+    return np.concatenate([members[i] for i in rng.permutation(len(members))])[:size]
 
 def small_sample(n, dim):
     "The warning that a Frechet distance of `dim` features from n pictures deserves, or ''."
-    if n <= dim: return f'{n} pictures for {dim} features: covariances are singular and the distance is far too high'
-    return f'only {n} pictures: inflated, compare at equal N only' if n < ENOUGH else ''
+    if n <= dim: return f'{n} pictures for {dim} features, far too high'
+    return f'only {n} pictures, compare at equal N' if n < ENOUGH else ''
+
 
 def score(real, fake, protocol, name='Frechet distance', distance=frechet_distance, groups_real=None, groups_fake=None,
           repeats=10, resamples=200, level=.95, seed=0):
@@ -316,9 +319,10 @@ def score(real, fake, protocol, name='Frechet distance', distance=frechet_distan
     people, and the floor keeps them apart, unless fakes show the same people as reals. resamples: 0 leaves the interval out. Raises InputError.
     """
     real, fake, rng = check_features(real, 'real'), check_features(fake, 'fake'), np.random.default_rng(seed)
-    shared = groups_real is not None and groups_fake is not None and not set(groups_real).isdisjoint(groups_fake)
-    lowest = floor(real, len(fake), None if shared else groups_real, distance, repeats, seed)
-    at_n = [distance(*(side[rng.choice(len(side), lowest.n, replace=False)] for side in (real, fake))) for _ in range(repeats)]
+    shared = groups_real is not None and groups_fake is not None and not set(np.asarray(groups_real).tolist()).isdisjoint(np.asarray(groups_fake).tolist())
+    apart_real, apart_fake = (None, None) if shared else (groups_real, groups_fake)
+    lowest = floor(real, len(fake), apart_real, distance, repeats, seed)
+    at_n = [distance(real[_part(len(real), lowest.n, apart_real, rng)], fake[_part(len(fake), lowest.n, apart_fake, rng)]) for _ in range(repeats)]
     interval = bootstrap(real, fake, distance, groups_real, groups_fake, resamples, level, seed) if resamples else None
     warning = small_sample(min(len(real), len(fake)), real.shape[1]) if distance is frechet_distance else ''
     return Score(name, float(distance(real, fake)), protocol, len(real), len(fake), float(lowest), interval, warning,
