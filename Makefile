@@ -27,8 +27,9 @@ test: .venv/with-dev  ## every check: notebooks and package in step, README in s
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15 tests
 
-bench: .venv/with-base  ## how much faster each trick makes a training step, here; on a GPU the paper preset too: benchmarks/step.json
+bench: .venv/with-base  ## how much faster, here, each trick makes a training step (on a GPU the paper preset too) and ours is a Frechet distance
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/frechet.py
 
 docs: .venv/with-docs  ## the book as a web site, in build/site
 	$(BIN)/python tools/docs.py
