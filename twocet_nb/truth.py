@@ -103,7 +103,7 @@ def masked_psnr(a, b, masks):
 def _blur(images):
     "The average of images (N, C, H, W) in the 11 x 11 px around each pixel, Gaussian weights with standard deviation 1.5 px; the border mirrors."
     weights = torch.exp(-(torch.arange(11.) - 5)**2/(2*1.5**2))
-    weights, planes = weights/weights.sum(), F.pad(images, [5]*4, mode='reflect').flatten(0, 1)[:, None]
+    weights, planes = (weights/weights.sum()).to(images), F.pad(images, [5]*4, mode='reflect').flatten(0, 1)[:, None]
     return F.conv2d(F.conv2d(planes, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11)).view(images.shape)
 
 def ssim_map(a, b):
