@@ -60,7 +60,8 @@ def _merge(stats, n, mean, rows):
     if len(mean) != len(stats.mean):
         raise InputError(f'{len(mean)} features a picture after {len(stats.mean)}; mend: use one extractor for all')
     delta, total = mean - stats.mean, stats.n + n
-    stats._rows = [*stats._rows, *rows, np.sqrt(stats.n * n / total) * delta[None]]
+    gap = [np.sqrt(stats.n * n / total) * delta[None]] if stats.n else []
+    stats._rows = [*stats._rows, *rows, *gap]
     stats.mean, stats.n = stats.mean + delta * (n / total), total
     if sum(map(len, stats._rows)) > 2 * len(mean): stats._rows = [_triangle(np.concatenate(stats._rows))]
     return stats
