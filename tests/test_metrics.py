@@ -242,6 +242,7 @@ def test_inception_score_known_answers():
     assert inception_score(np.full((50, 7), 1 / 7)) == pytest.approx(1) and inception_score(one_hot[:50]) == pytest.approx(1)
     by_hand = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in (np.array([[.9, .1], [.2, .8]]), np.array([[.5, .5]]))]
     ours = inception_score([[.9, .1], [.2, .8], [.5, .5]], batch_size=2)
+    assert inception_score(one_hot, batch_size=5000) == inception_score(one_hot, splits=1, seed=None)
     assert ours == pytest.approx(np.mean(by_hand)) and ours.std == pytest.approx(np.std(by_hand))
     for bad in ([[.5, .6]] * 20, [[1.5, -.5]] * 20, np.zeros((20, 3)), np.zeros((0, 3)), one_hot[:5]):
         with pytest.raises(InputError): inception_score(bad)
