@@ -59,7 +59,8 @@ def _merge(stats, n, mean, rows):
     if len(mean) != len(stats.mean):
         raise InputError(f'{len(mean)} features a picture after {len(stats.mean)}; mend: use one extractor for all')
     delta, total = mean - stats.mean, stats.n + n
-    stats._rows = [*stats._rows, *rows, np.sqrt(stats.n * n / total) * delta[None]]
+    gap = [np.sqrt(stats.n * n / total) * delta[None]] if stats.n else []
+    stats._rows = [*stats._rows, *rows, *gap]
     stats.mean, stats.n = stats.mean + delta * (n / total), total
     if sum(map(len, stats._rows)) > 2 * len(mean): stats._rows = [_triangle(np.concatenate(stats._rows))]
     return stats
@@ -193,8 +194,7 @@ def kernel_distance(a, b, subset_size=None, subsets=100, seed=2020):
         raise InputError(f'{subsets} subsets of {subset_size or 2} from {len(a)} and {len(b)} features; mend: give more features or a smaller subset_size')
     if subset_size is None: return Estimate(_alike(a, a, True) + _alike(b, b, True) - 2 * _alike(a, b))
     rng = np.random.RandomState(seed)    # a stream that numpy promises never to change
-    draws = [[side[rng.choice(len(side), subset_size, replace=False)] for side in (a, b)] for _ in range(subsets)]
-    values = [kernel_distance(*draw) for draw in draws]
+    values = [kernel_distance(*(side[rng.choice(len(side), subset_size, replace=False)] for side in (a, b))) for _ in range(subsets)]
     return Estimate(np.mean(values), np.std(values), subset_size)
 
 # %% ../nbs/07_metrics.ipynb #00000030
@@ -202,17 +202,17 @@ def inception_score(probabilities, splits=10, batch_size=None, seed=2020):
     """exp(mean KL(p(c|x) || p(c))), an `Estimate`: mean and standard deviation over `splits` (Salimans et al. 2016). From 1 to C.
 
     probabilities: (N, C), rows that sum to 1. seed: of the shuffle before the splits, as torch-fidelity's; None keeps the order.
-    batch_size: the authors' way instead: the score of each batch of so many rows in the given order, averaged; at most batch_size, so
+    batch_size: the authors' way instead: the mean score of the batches of so many rows, in the given order; it is at most batch_size, so
     label it, and do not compare it. Raises InputError for rows that are no probabilities, and for fewer rows than splits.
     """
     p = check_features(probabilities, 'probabilities')
     if not len(p) or p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-3:
         raise InputError('probabilities: rows must be at least 0 and sum to 1; mend: pass softmax(logits)')
-    if not 1 <= (batch_size or splits) <= len(p): raise InputError(f'{batch_size or splits} splits or a batch that large from {len(p)} rows; mend: give more')
     if batch_size: places = range(batch_size, len(p), batch_size)
-    else:
+    elif 1 <= splits <= len(p):
         places = [i * len(p) // splits for i in range(1, splits)]
         if seed is not None: p = p[np.random.RandomState(seed).permutation(len(p))]
+    else: raise InputError(f'{splits} splits of {len(p)} rows; mend: give more rows')
     scores = [np.exp(rel_entr(part, part.mean(0)).sum(1).mean()) for part in np.split(p, places)]
     return Estimate(np.mean(scores), np.std(scores), len(p))
 
