@@ -480,9 +480,10 @@ def exposed(moved, wins, chance, whose):
     moved: change of the face over the change that a real expression is; wins: how often the right expression is nearer than a wrong one, and its
     error `chance`; whose: (likeness to the target, to the reference, and the likeness of two real people's faces), or None if nobody can tell.
     """
+    used = wins > .5 + max(2 * chance, .02)    # a model without noise has no error at all
     answers = [('Does it change the face?', moved, 'a real expression changes it by 1', 'copies its input' if moved < .3 else 'it does', moved < .3),
                ('Does the reference decide the expression?', wins, f'chance: 0.5, give or take {chance:.2f}',
-                'it does' if wins > .5 + 2 * chance else 'the code is not shown to be used', wins <= .5 + 2 * chance)]
+                'it does' if used else 'the code is not shown to be used', not used)]
     if whose:
         leaks = whose[1] > (whose[0] + whose[2]) / 2
         answers.append(('Whose face is it?', whose[1], f"likeness to the reference; to the target {whose[0]:.2f}, of strangers {whose[2]:.2f}",
