@@ -8,7 +8,7 @@ OUT     ?= runs/demo
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test bench docs prepare outputs judge ship faces clean
+.PHONY: help demo lab test bench docs prepare outputs judge ship reader faces clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -27,8 +27,9 @@ test: .venv/with-dev  ## every check: notebooks and package in step, README in s
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15 tests
 
-bench: .venv/with-base  ## how much faster each trick makes a training step, here; on a GPU the paper preset too: benchmarks/step.json
+bench: .venv/with-base  ## how much faster, here, each trick makes a training step (on a GPU the paper preset too) and ours is a Frechet distance
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/frechet.py
 
 docs: .venv/with-docs  ## the book as a web site, in build/site
 	$(BIN)/python tools/docs.py
@@ -49,6 +50,9 @@ judge: .venv/with-base  ## numbers of a run, a file or shipped weights on unseen
 ship: .venv/with-base  ## put the weights of a run into data/: make ship RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'Say which run: make ship RUN=runs/NAME'; exit 2; }
 	$(BIN)/python tools/ship.py $(RUN) --note '$(NOTE)'
+
+reader: .venv/with-base  ## train the small face reader that measures offline, 20 minutes on one core, into data/
+	$(BIN)/python tools/reader.py
 
 faces: .venv/with-faces  ## render the bundled faces anew, an hour on two cores; stopped, it goes on: runs/faces, then data/
 	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --workers $(WORKERS) runs/faces/cfee

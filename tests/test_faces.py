@@ -1,5 +1,6 @@
 """Rendered faces: the same numbers give the same pixels anywhere, and a pack survives whatever happens to its maker."""
 import hashlib
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +22,7 @@ from twocet_nb.cli import main
 from twocet_nb.data import InputError, check_dataset, face_name
 from twocet_nb.faces import pack
 from twocet_nb.faces.plan import PROTOCOLS, Protocol, encode, plan, read_plan, read_row, tables
+from twocet_nb.faces.rendering import masks
 
 TINY = Protocol({1: 'neutral', 2: 'happy', 6: 'surprised'}, {'': 0}, {'': 0})
 SETTINGS = dict(test=2, size=32, samples=1)
@@ -319,22 +322,44 @@ def test_truth(undisturbed):
         assert (shot.person, shot.camera, shot.expression) == (a.person, a.camera, b.expression) and a.person != b.person
         assert a.file.startswith('test/a_n') and b.file.startswith('test/b_e')
         assert face_name(shot.file) == (face_name(a.file)[0], face_name(b.file)[1])
+    same = pack.truth_pairs(undisturbed, 4, own=True)
+    assert len({(a.file, b.file) for a, b in same}) == 4 and all(a.person == b.person for a, b in same)
+    with pytest.raises(InputError, match='5 pairs'):
+        pack.truth_pairs(undisturbed, 5, own=True)
     own = read_row(undisturbed, pairs[0][0].file)
     assert pack.truth(own, own).tobytes() == own.render().tobytes()
     assert pack.truth(own, own, size=48).size == (48, 48)
 
 
 @needs_mitsuba
+def test_an_answer_with_other_noise_and_its_masks(undisturbed):
+    """The masks are saved without loss; a part counts where it is before or after."""
+    target, reference = pack.truth_pairs(undisturbed, 1)[0]
+    answer, again, mask = pack.truth_shots(target, reference)
+    assert answer == pack.truth_shot(target, reference) == replace(again, file=answer.file, render_seed=answer.render_seed)
+    assert [Path(shot.file).parts for shot in (again, mask)] == [('again', answer.file), ('masks', answer.file)]
+    assert again.render().tobytes() != answer.render().tobytes()
+    parts = np.array(mask.render())
+    with Image.open(io.BytesIO(encode(mask))) as saved:
+        assert (np.array(saved) == parts).all()
+    for expression in (target.expression, reference.expression):
+        alone = masks(target.person, expression, target.camera, size=target.size)
+        assert all((parts[..., i] >= np.array(alone[part])).all() and parts[..., i].any() for i, part in enumerate(('face', 'eyes', 'mouth')))
+
+
+@needs_mitsuba
 def test_make_truth_goes_on_and_travels(tmp_path, undisturbed):
     root = tmp_path/'pack'
     shutil.copytree(undisturbed, root)
-    assert pack.make_truth(root, root/'truth', 4, workers=1, quiet=True) == 0
+    assert pack.make_truth(root, root/'truth', 4, 2, workers=1, quiet=True) == 0
     whole = contents(root/'truth')
-    assert len(whole) == 6 and json.loads(whole["card.json"])["images"] == 4
-    images(root/'truth')[2].unlink()
-    assert pack.make_truth(root, root/'truth', 4, workers=1, quiet=True) == 0 and contents(root/'truth') == whole
-    with pytest.raises(InputError, match='there'):
-        pack.make_truth(root, root/'truth', 3, workers=1, quiet=True)
+    assert len(whole) == 3*6 + 2 and json.loads(whole['card.json'])['images'] == 18
+    for path in images(root/'truth')[::5]:
+        path.unlink()
+    assert pack.make_truth(root, root/'truth', 4, 2, workers=1, quiet=True) == 0 and contents(root/'truth') == whole
+    for n, own in (3, 2), (4, 1):
+        with pytest.raises(InputError, match='there'):
+            pack.make_truth(root, root/'truth', n, own, workers=1, quiet=True)
     pack.zip_pack(root, tmp_path/'one.zip')
     shutil.copytree(root, tmp_path/'copy')
     pack.zip_pack(tmp_path/'copy', tmp_path/'two.zip')

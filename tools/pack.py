@@ -1,6 +1,6 @@
 """Put rendered packs into data/: python tools/pack.py runs/faces (the last step of `make faces`).
 
-The folder holds what `twocet faces make` made, `cfee` and `rafd`; the truth of test pairs of the first is rendered beside them.
+The folder holds what `twocet faces make` made, `cfee` and `rafd`; the truth of test pairs of the first, with masks, is rendered beside them.
 Each becomes a zip in data/, with its card in data/faces.json and its hash in data/README.md.
 """
 import hashlib
@@ -12,7 +12,8 @@ from pathlib import Path
 from twocet_nb.faces.pack import make_truth, zip_pack
 
 DATA = Path(__file__).resolve().parents[1]/'data'
-PAIRS = 208  # the eight neutral test faces x 26: every class eight or nine times
+CROSS = 208  # pairs of two people: the eight neutral test faces x 26, every class eight or nine times
+OWN = 200  # pairs of one person: the eight x 25 emotions, all there are
 FILES = {'cfee': 'faces-128.zip', 'rafd': 'angles-128.zip', 'truth': 'truth-128.zip'}
 
 
@@ -27,7 +28,7 @@ def add(folder, file):
 
 
 def main(root):
-    if make_truth(root/'cfee', root/'truth', PAIRS): sys.exit('interrupted; the same command goes on')
+    if make_truth(root/'cfee', root/'truth', CROSS, OWN): sys.exit('interrupted; the same command goes on')
     files = {file: add(root/name, file) for name, file in FILES.items()}
     packs = {f'{Path(file).stem.removesuffix("-128")}-{size}': dict(file=file, size=size, shrink=128//size)
              for file in files for size in (64, 128)}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'TARGET_TYPES', 'ABOUT', 'EXAMPLES', 'COLLECTIONS', 'PATTERNS', 'check', 'prepare', 'import_', 'given',
-           'fitted', 'train', 'resume', 'runs', 'transfer', 'demo', 'make', 'Parser', 'add_command', 'add_check',
-           'add_runs', 'add_resume', 'people', 'add_prepare', 'add_collection', 'add_train', 'add_transfer', 'add_demo',
-           'add_import', 'add_faces', 'make_parser', 'one_line', 'main']
+           'fitted', 'train', 'resume', 'runs', 'transfer', 'demo', 'evaluate', 'make', 'Parser', 'add_command',
+           'add_check', 'add_runs', 'add_resume', 'people', 'add_prepare', 'add_collection', 'add_train',
+           'add_transfer', 'add_demo', 'add_evaluate', 'add_import', 'add_faces', 'make_parser', 'one_line', 'main']
 
 # %% ../nbs/11_cli.ipynb #00000003
 import argparse
@@ -96,6 +96,15 @@ def demo(args):
     from twocet_nb.demo import demo
     demo(args.out, steps=args.steps)
 
+# %% ../nbs/11_cli.ipynb #new00002
+def evaluate(args):
+    "Evaluate a model, or every checkpoint of a run, and write a page and a JSON file into the folder `args.out`."
+    from twocet_nb.metrics import print_evaluation
+    from twocet_nb.report import write_report
+    page, report = write_report(args.model, args.data, args.out, args.split, args.protocol, args.seed, quiet=not sys.stderr.isatty())
+    print_evaluation(report)
+    print(f'\n{page}')
+
 # %% ../nbs/11_cli.ipynb #00000012
 def make(args):
     "Render a pack of faces into the folder `args.out`, and return the exit code: 130 after Ctrl-C."
@@ -123,6 +132,7 @@ EXAMPLES = """the usual way:
   twocet resume runs/first                            go on where it stopped
   twocet runs                                         how far each run is
   twocet transfer --model runs/first --target ann.png --reference bob.png --out ann-as-bob.png
+  twocet evaluate runs/first --data my-faces          how good is it, honestly?
   twocet import 065000_model.ckpt official.safetensors   the authors' weights, in a safe format
   twocet faces make --identities 20 my-people         faces of your own, rendered
 
@@ -241,6 +251,20 @@ def add_demo(commands):
     command.add_argument('--out', metavar='DIR', default='runs/demo', help='folder to write to (default: runs/demo)')
     command.add_argument('--steps', type=int, metavar='N', default=20, help='iterations of training to show (default: 20)')
 
+# %% ../nbs/11_cli.ipynb #new00003
+def add_evaluate(commands):
+    "The arguments of `twocet evaluate`."
+    command = add_command(commands, evaluate, 'Measure a model in every way there is, beside what copying, chance and a perfect model reach.',
+                          'twocet evaluate runs/first --data faces-64 --out runs/first/evaluation')
+    option = command.add_argument
+    option('model', metavar='NAME|RUN|FILE', help='shipped weights (faces-64), a run (all its checkpoints; the best is named), or a .safetensors file')
+    option('--data', metavar='ROOT', default='faces-64', help='dataset folder, faces-64 or faces-128 (default: faces-64)')
+    option('--out', metavar='DIR', default='runs/evaluation', help='folder for report.html and evaluation.json (default: runs/evaluation)')
+    option('--split', nargs='+', choices=['test', 'train'], default=['test'], help='whose faces; train takes minutes (default: test)')
+    option('--protocol', choices=['faces', 'standard', 'authors'], default='faces', help='whose features: faces is offline, for rendered faces only; '
+           'standard is FID as the field defines it, authors as the paper used it: both want weights fetched once (default: faces)')
+    option('--seed', type=int, metavar='S', default=0, help='of the references, codes and samples (default: 0)')
+
 # %% ../nbs/11_cli.ipynb #0000001c
 def add_import(commands):
     "The arguments of `twocet import`."
@@ -274,7 +298,7 @@ def make_parser():
     parser = Parser(prog='twocet', description=ABOUT, epilog=EXAMPLES)
     parser.add_argument('--version', action='version', version=f'twocet_nb {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True, title='commands')
-    for add in (add_check, add_prepare, add_train, add_resume, add_runs, add_transfer, add_import, add_demo, add_faces): add(commands)
+    for add in (add_check, add_prepare, add_train, add_resume, add_runs, add_transfer, add_evaluate, add_import, add_demo, add_faces): add(commands)
     return parser
 
 # %% ../nbs/11_cli.ipynb #00000024

@@ -41,7 +41,7 @@ class Shot:
     """Everything that decides one image.
 
     file: its path in the pack, by the folder contract; person, expression (with the gaze), camera; render_seed: the noise;
-    size: px; samples: light paths a pixel; quality: of the WebP file, 1-100.
+    size: px; samples: light paths a pixel; quality: of the WebP file, 1-99, or 100: without any loss.
     """
     file: str
     person: Identity
@@ -60,7 +60,7 @@ class Shot:
 def encode(shot):
     """The image file of a shot, as bytes. Same shot, same bytes (with the same Pillow)."""
     content = io.BytesIO()
-    shot.render().save(content, 'WEBP', quality=shot.quality, method=6)
+    shot.render().save(content, 'WEBP', quality=shot.quality, lossless=shot.quality == 100, method=6)
     return content.getvalue()
 
 # %% ../../nbs/faces/06a_plan.ipynb #00000010
