@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples, silhouette_score
 
 from .data import FACE_FOLDERS, SPLITS, FaceFolder, InputError, to_tensor
-from .trainer import data_root
+from .config import data_root
 from .transfer import in_chunks
 
 # %% ../nbs/08_codespace.ipynb #00000007

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .data import InputError, face_name, image_grid, packs, to_tensor
 from .features import HARDLY, FaceReader, r_squared
-from .trainer import data_root
+from .config import data_root
 from .transfer import l1
 
 # %% ../nbs/07b_truth.ipynb #00000007
