@@ -115,3 +115,10 @@ def test_what_a_person_can_mend(words, message, capsys, monkeypatch, tmp_path):
 
 def test_unknown_protocols(model, faces):
     with pytest.raises(InputError, match='pick from'): evaluate(model, faces, protocol='fid')
+
+
+def test_the_best_checkpoint_by_a_distance(tmp_path, faces):
+    run = Trainer(preset('tiny', data=str(faces), steps=3, eval_every=1, best_by='E_r'), tmp_path/'run', quiet=True, evaluate=metrics.score_run).fit()
+    best = min(reversed(run.evaluations.records), key=lambda record: record['E_r'])
+    assert {'N', 'E_z', 'E_r', 'cross_l1'} <= best.keys() and len(run.evaluations.records) == 3
+    assert (tmp_path/'run/checkpoints/best').read_text().strip() == f'step-{best["step"]:06d}'

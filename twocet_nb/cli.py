@@ -61,15 +61,15 @@ def fitted(run):
 def train(args):
     "Begin a new run in the folder `args.run`."
     from twocet_nb.trainer import Trainer, preset
-    from twocet_nb.transfer import judge_run
-    return fitted(Trainer(preset(args.preset, **given(args)), args.run, quiet=not sys.stderr.isatty(), evaluate=judge_run))
+    from twocet_nb.metrics import score_run
+    return fitted(Trainer(preset(args.preset, **given(args)), args.run, quiet=not sys.stderr.isatty(), evaluate=score_run))
 
 
 def resume(args):
     "Continue the run in the folder `args.run` from its newest checkpoint."
     from twocet_nb.trainer import Trainer
-    from twocet_nb.transfer import judge_run
-    return fitted(Trainer.resume(args.run, quiet=not sys.stderr.isatty(), evaluate=judge_run, **given(args)))
+    from twocet_nb.metrics import score_run
+    return fitted(Trainer.resume(args.run, quiet=not sys.stderr.isatty(), evaluate=score_run, **given(args)))
 
 
 def runs(args):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HELPED', 'DIFFERED', 'CHECKS', 'as_list', 'in_chunks', 'are_emotional', 'check_numbers', 'check_codes',
-           'draw_chunk', 'draw', 'TwoCET', 'draw_partners', 'judged_faces', 'l1', 'judge', 'judgement',
-           'print_judgement', 'judge_run']
+           'draw_chunk', 'draw', 'TwoCET', 'averaged_model', 'draw_partners', 'judged_faces', 'l1', 'judge',
+           'judgement', 'print_judgement', 'judge_run']
 
 # %% ../nbs/06_transfer.ipynb #00000003
 import copy
@@ -228,6 +228,11 @@ class TwoCET:
     prepare, encode, apply, neutralise, transfer, mix = prepare, encode, apply, neutralise, transfer, mix
     random, strip, matrix, save = random, strip, matrix, save
 
+def averaged_model(run):
+    "A `TwoCET` of copies of the averaged networks of a `Trainer`, as they are now."
+    networks = [copy.deepcopy(run.networks[f'{name}_ema']) for name in AVERAGED]
+    return TwoCET(run.config.network, *networks, device=run.device)
+
 # %% ../nbs/06_transfer.ipynb #00000039
 def draw_partners(allowed, seed):
     "For every row of a bool matrix the index of one random True in it, (N,); every row needs one."
@@ -306,5 +311,4 @@ def print_judgement(numbers):
 
 def judge_run(run, seed=0):
     "`judge` of the averaged networks of a `Trainer`: what it may be given as `evaluate`."
-    networks = [copy.deepcopy(run.networks[f'{name}_ema']) for name in AVERAGED]
-    return judge(TwoCET(run.config.network, *networks, device=run.device), data_root(run.config.data), seed=seed)
+    return judge(averaged_model(run), data_root(run.config.data), seed=seed)
