@@ -15,7 +15,7 @@ from twocet_nb.data import InputError, bundled, card
 from twocet_nb.features import FaceReader
 from twocet_nb.transfer import TwoCET, l1
 from twocet_nb.truth import (CANDIDATES, KINDS, REGIONS, comparison, error_map, jackknife, judge_truth, known_units, masked_l1, masked_psnr,
-                             masked_ssim, mean_by_person, print_truth, r_squared, read_pictures, remaining, ssim_map, transfer_errors, truth_pairs, wins)
+                             masked_ssim, mean_by_person, print_truth, read_pictures, remaining, ssim_map, transfer_errors, truth_pairs, unit_r2, varying_units, wins)
 
 
 @pytest.fixture(scope='module')
@@ -107,15 +107,18 @@ def test_jackknife_of_a_mean_is_the_textbook_error():
     assert mean_by_person([dict(person='a', x=math.nan), dict(person='b', x=2.)], 'x') == 2
 
 
-def test_r_squared():
+def test_r_squared_of_units():
     rng = np.random.default_rng(0)
-    known = rng.random((50, 2))*[1, 10]
-    def rows(read): return [{f'{who}_unit_{i}': x for who, values in (('known', k), ('model', r)) for i, x in enumerate(values)} for k, r in zip(known, read)]
-    assert r_squared(rows(known), 'model', [0, 1]) == 1 and math.isclose(r_squared(rows(0*known + known.mean(0)), 'model', [0, 1]), 0, abs_tol=1e-12)
-    noisy = known + rng.normal(size=known.shape)*[.3, 1]
-    single = [r_squared(rows(noisy), 'model', [i]) for i in (0, 1)]
-    assert single[0] < single[1] and single[0] < r_squared(rows(noisy), 'model', [0, 1]) < single[1]
-    assert math.isnan(r_squared(rows(known)[:1], 'model', [0]))
+    known = rng.random((50, 2))*[1, .01]
+
+    def rows(read):
+        return [{f'{who}_unit_{i}': x for who, values in (('known', k), ('model', r)) for i, x in enumerate(values)} for k, r in zip(known, read)]
+    names = ['unit_0', 'unit_1']
+    assert unit_r2(rows(known), 'model', names).tolist() == [1, 1] and varying_units(rows(known), names) == ['unit_0']
+    torch.testing.assert_close(unit_r2(rows(0*known + known.mean(0)), 'model', names), torch.zeros(2), atol=1e-6, rtol=0)
+    noisy = known + rng.normal(size=known.shape)*[.1, .1]
+    one, two = unit_r2(rows(noisy), 'model', names).tolist()
+    assert math.isclose(one, 1 - ((noisy - known)**2)[:, 0].sum()/(50*known[:, 0].var()), rel_tol=1e-4) and two < 0 < one < 1
 
 
 def test_wins_are_one_half_without_the_reference():
@@ -190,8 +193,8 @@ def test_ignoring_the_reference_is_seen(judged):
 
 
 def test_movements_are_seen(judged):
-    r2 = values(judged, 'units', 'all', 'model')
-    own = judged['oracle']['units']['all']['perfect']['value']
+    r2 = values(judged, 'units', 'mean', 'model')
+    own = judged['oracle']['units']['mean']['perfect']['value']
     assert r2['oracle'] == own > .5 and r2['leaks'] > own - .25 and max(r2['copies'], r2['constant']) < .1 and r2['copies'] < r2['half'] < r2['oracle']
 
 
@@ -205,7 +208,7 @@ def test_a_leaking_identity_is_seen(judged):
 def test_anchors_do_not_depend_on_the_model(judged):
     for who in set(CANDIDATES) - {'model'}:
         assert len({json.dumps([found['l1'][region][who] for region in REGIONS]) for found in judged.values()}) == 1
-        assert len(set(values(judged, 'units', 'all', who).values())) == 1
+        assert len(set(values(judged, 'units', 'mean', who).values())) == 1
 
 
 def test_twice_the_same_json(pairs, reader, capsys):
@@ -243,7 +246,7 @@ def folder(tmp_path):
 
 def test_an_exam_in_a_folder(folder, tmp_path):
     pairs = truth_pairs(folder)
-    assert [pair.kind for pair in pairs] == ['cross', 'self'] and known_units(pairs, ['jawOpen']).flatten().tolist() == [.25, .75]
+    assert [pair.kind for pair in pairs] == ['cross', 'self'] and known_units(pairs, ['unit_jawOpen']).flatten().tolist() == [.25, .75]
     shutil.move(folder, tmp_path/'elsewhere')
     assert [pair.target for pair in truth_pairs(tmp_path/'elsewhere', folder.parent)] == [pair.target for pair in pairs]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'REGIONS', 'CANDIDATES', 'MEASURES', 'NAMES', 'Pair', 'truth_pairs', 'Pictures', 'read_at', 'read_pictures',
            'masked_mean', 'masked_l1', 'masked_psnr', 'ssim_map', 'masked_ssim', 'draw_answers', 'wins', 'known_units',
-           'transfer_errors', 'jackknife', 'mean_by_person', 'remaining', 'r_squared', 'judge_truth', 'print_truth',
-           'error_map', 'comparison']
+           'transfer_errors', 'jackknife', 'mean_by_person', 'remaining', 'unit_r2', 'varying_units', 'judge_truth',
+           'print_truth', 'error_map', 'comparison']
 
 # %% ../nbs/07b_truth.ipynb #00000003
 import csv
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .data import InputError, face_name, image_grid, packs, to_tensor
-from .features import FaceReader
+from .features import HARDLY, FaceReader, r_squared
 from .trainer import data_root
 from .transfer import l1
 
@@ -102,8 +102,8 @@ def masked_psnr(a, b, masks):
 # %% ../nbs/07b_truth.ipynb #00000014
 def _blur(images):
     "The average of images (N, C, H, W) in the 11 x 11 px around each pixel, Gaussian weights with standard deviation 1.5 px; the border mirrors."
-    weights = torch.exp(-(torch.arange(11.) - 5)**2/(2*1.5**2))
-    weights, planes = (weights/weights.sum()).to(images), F.pad(images, [5]*4, mode='reflect').flatten(0, 1)[:, None]
+    weights = torch.exp(-(torch.arange(11, dtype=images.dtype) - 5)**2/(2*1.5**2))
+    weights, planes = weights/weights.sum(), F.pad(images, [5]*4, mode='reflect').flatten(0, 1)[:, None]
     return F.conv2d(F.conv2d(planes, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11)).view(images.shape)
 
 def ssim_map(a, b):
@@ -142,13 +142,13 @@ def wins(drawn, right):
 def known_units(pairs, names):
     """What the references really do: (N, U) expression units, from images.csv of their pack.
 
-    names: of U units, such as 'jawOpen'. Raises InputError where the table or a row or a unit is missing.
+    names: of U columns, such as 'unit_jawOpen'. Raises InputError where the table or a row or a unit is missing.
     """
     rows = {}
     for root in {pair.reference.parents[2] for pair in pairs}:
         if not (root/'images.csv').exists(): raise InputError(f'{root}/images.csv: missing, and with it the known units; mend: use a rendered pack')
         with open(root/'images.csv', encoding='utf-8', newline='') as file: rows |= {root/row['file']: row for row in csv.DictReader(file)}
-    try: return torch.tensor([[float(rows[pair.reference][f'unit_{name}']) for name in names] for pair in pairs])
+    try: return torch.tensor([[float(rows[pair.reference][name]) for name in names] for pair in pairs])
     except KeyError as error: raise InputError(f'images.csv lacks {error.args[0]}; mend: use the pack the reader was made for') from error
 
 # %% ../nbs/07b_truth.ipynb #00000024
@@ -158,20 +158,20 @@ def _picture_columns(who, images, pictures):
              for region, values in zip(REGIONS, error(images, pictures.again, pictures.masks).T)}
     return found | {f'{who}_wins': wins(images, pictures.again)}
 
-def _reader_columns(who, images, pictures, reader):
-    "What the face network says about a candidate: {name: (N,)}."
-    target, reference, own = (reader.identity(x) for x in (pictures.target, pictures.reference, images))
-    found = {f'{who}_unit_{name}': values for name, values in zip(reader.unit_names, reader.units(images).T)}
-    return found | {f'{who}_like_target': (own*target).sum(1), f'{who}_like_reference': (own*reference).sum(1)}
+def _reader_columns(candidates, reader):
+    "What the face network says about all candidates: {name: (N,)}."
+    who_is = {who: reader.identity(images) for who, images in candidates.items()}
+    found = {f'{who}_{name}': values for who, images in candidates.items() for name, values in zip(reader.unit_names, reader.units(images).T)}
+    likeness = {f'{who}_like_{other}': (own*who_is[copied]).sum(1) for who, own in who_is.items() for other, copied in (('target', 'copy'), ('reference', 'reference'))}
+    return found | likeness
 
 # %% ../nbs/07b_truth.ipynb #00000025
 def _rows_of_target(model, pairs, reader):
     "A row of each of some pairs that have the same target."
-    pictures, columns = read_pictures(pairs, model.config.image_size), {}
-    for who, images in zip(CANDIDATES, [draw_answers(model, pictures), pictures.target, pictures.reference, pictures.answer]):
-        columns |= _picture_columns(who, images, pictures)
-        if reader: columns |= _reader_columns(who, images, pictures, reader)
-    if reader: columns |= {f'known_unit_{name}': values for name, values in zip(reader.unit_names, known_units(pairs, reader.unit_names).T)}
+    pictures = read_pictures(pairs, model.config.image_size)
+    candidates = dict(zip(CANDIDATES, [draw_answers(model, pictures), pictures.target, pictures.reference, pictures.answer]))
+    columns = {name: values for who, images in candidates.items() for name, values in _picture_columns(who, images, pictures).items()}
+    if reader: columns |= _reader_columns(candidates, reader) | {f'known_{name}': values for name, values in zip(reader.unit_names, known_units(pairs, reader.unit_names).T)}
     numbers = zip(*[values.tolist() for values in columns.values()])
     return [dict(kind=pair.kind, person=pair.person, target=pair.target.stem, reference=pair.reference.stem, emotion=pair.emotion) | dict(zip(columns, row))
             for pair, row in zip(pairs, numbers)]
@@ -181,7 +181,7 @@ def transfer_errors(model, pairs, reader=None):
 
     model: a `TwoCET`, or whatever has `config.image_size` and `transfer(targets, references)` of tensors; pairs: see `truth_pairs`;
     reader: a `FaceReader`, or None for pixels alone. Columns: kind, person (of the target), target, reference, emotion, and of each of the
-    `CANDIDATES` {who}_{l1,psnr,ssim}_{region}, {who}_wins, and with a reader {who}_unit_{name} beside known_unit_{name}, {who}_like_target and
+    `CANDIDATES` {who}_{l1,psnr,ssim}_{region}, {who}_wins, and with a reader {who}_unit_... beside known_unit_..., {who}_like_target and
     {who}_like_reference (cosines of identities). Raises InputError as `read_pictures` and `draw_answers` do.
     """
     if not pairs: raise InputError('no pairs; mend: take some of truth_pairs()')
@@ -210,11 +210,14 @@ def remaining(rows, measure):
     model, copy, perfect = (mean_by_person(rows, f'{who}_{measure}') for who in ('model', 'copy', 'perfect'))
     return (model - perfect)/(copy - perfect)
 
-def r_squared(rows, who, names):
-    """1 - (squared errors of the units that were read)/(squares of the known ones about their means), summed over the named units."""
-    known, read = (np.array([[row[f'{source}_unit_{name}'] for name in names] for row in rows]) for source in ('known', who))
-    spread = ((known - known.mean(0))**2).sum()
-    return 1 - ((known - read)**2).sum()/spread if spread > 0 else np.nan
+def unit_r2(rows, who, names):
+    """`r_squared` of the named units, (U,), as the reader reads them from the pictures of a candidate, against the known ones."""
+    read, known = (torch.tensor([[row[f'{source}_{name}'] for name in names] for row in rows]) for source in (who, 'known'))
+    return r_squared(read, known)
+
+def varying_units(rows, names):
+    """The named units that vary enough in the rows for an R2, a list."""
+    return [name for name in names if np.std([row[f'known_{name}'] for row in rows]) >= HARDLY]
 
 # %% ../nbs/07b_truth.ipynb #0000002e
 def _summary(rows, names):
@@ -226,15 +229,16 @@ def _summary(rows, names):
                             | {'remaining': jackknife(lambda rows: remaining(rows, f'{measure}_{region}'), rows)} for region in REGIONS}
     numbers['wins'] = {who: mean(f'{who}_wins') for who in CANDIDATES}
     for like in ('like_target', 'like_reference'): numbers[like] = {who: mean(f'{who}_{like}') for who in CANDIDATES}
-    numbers['units'] = {unit: {who: jackknife(lambda rows: r_squared(rows, who, some), rows) for who in CANDIDATES}
-                        for unit, some in {'all': names, **{name: [name] for name in names}}.items()}
+    names = varying_units(rows, names)
+    numbers['units'] = {unit: {who: jackknife(lambda rows: unit_r2(rows, who, some).mean(), rows) for who in CANDIDATES}
+                        for unit, some in {'mean': names, **{name: [name] for name in names}}.items()}
     return numbers
 
 def judge_truth(model, pairs=None, reader=None):
     """Numbers about a model, each beside its anchors, from exact truth, as a nested dict: kind ('cross', 'self'), number, candidate, value and se.
 
     model: see `transfer_errors`; pairs: by default those of the bundled exam that fits the model's size; reader: by default the shipped
-    `FaceReader`. Numbers: l1, psnr, ssim by region, wins, like_target, like_reference, units (R2) by name and of 'all'. Beside the
+    `FaceReader`. Numbers: l1, psnr, ssim by region, wins, like_target, like_reference, units (R2 by name, and 'mean'). Beside the
     `CANDIDATES` errors have `remaining`. se: the standard error, counted by people (see `jackknife`). Raises InputError as `transfer_errors` does.
     """
     size, reader = model.config.image_size, reader or FaceReader.pretrained()
@@ -250,7 +254,7 @@ def _table(found):
     for measure in MEASURES:
         for region in REGIONS: yield f'{measure.upper()} {region}', found[measure][region]
     for name, label in NAMES.items(): yield label, found[name]
-    yield 'R2 of all units', found['units']['all']
+    yield 'R2, mean of the units', found['units']['mean']
 
 def print_truth(numbers):
     """The numbers of `judge_truth` as a table."""
