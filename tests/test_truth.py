@@ -115,7 +115,7 @@ def test_r_squared_of_units():
         return [{f'{who}_unit_{i}': x for who, values in (('known', k), ('model', r)) for i, x in enumerate(values)} for k, r in zip(known, read)]
     names = ['unit_0', 'unit_1']
     assert unit_r2(rows(known), 'model', names).tolist() == [1, 1] and varying_units(rows(known), names) == ['unit_0']
-    torch.testing.assert_close(unit_r2(rows(0*known + known.mean(0)), 'model', names), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(unit_r2(rows(0*known + known.mean(0)), 'model', names).float(), torch.zeros(2), atol=1e-6, rtol=0)
     noisy = known + rng.normal(size=known.shape)*[.1, .1]
     one, two = unit_r2(rows(noisy), 'model', names).tolist()
     assert math.isclose(one, 1 - ((noisy - known)**2)[:, 0].sum()/(50*known[:, 0].var()), rel_tol=1e-4) and two < 0 < one < 1
