@@ -12,6 +12,7 @@ __all__ = ['CHUNK', 'HARDLY', 'SCALE', 'MARGIN', 'WEIGHTS', 'IMAGENET_MEAN', 'IM
 # %% ../nbs/07a_features.ipynb #00000003
 import csv, hashlib, json, os, urllib.request, warnings
 from dataclasses import asdict, dataclass, replace
+from http.client import HTTPException
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -371,7 +372,8 @@ def print_reader(errors):
     "The numbers of `judge_reader` as lines."
     worst = min(errors['r2'], key=errors['r2'].get)
     print(f'{errors["faces"]} faces of {errors["people"]} people it has never seen')
-    print(f'units: mean R2 {errors["mean_r2"]:.2f}, the worst {errors["r2"][worst]:.2f} ({worst.removeprefix("unit_")}); classes read rightly: {errors["emotion"]:.0%}')
+    print(f'units: mean R2 {errors["mean_r2"]:.2f}, the worst {errors["r2"][worst]:.2f} ({worst.removeprefix("unit_")}); '
+          f'classes read rightly: {errors["emotion"]:.0%}')
     print(f'identity, emotional against neutral: AUC {errors["auc"]:.4f}, equal error rate {errors["equal_error"]:.1%}, rank 1 {errors["rank_1"]:.1%}')
 
 # %% ../nbs/07a_features.ipynb #00000035
@@ -436,7 +438,7 @@ def fetch(name, url=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(url or known.url + known.file, scratch)
         os.replace(_check_hash(scratch, known), target)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise InputError(f'{url or known.url + known.file}: could not be fetched ({error}); mend: check the network, or copy it to {target}') from error
     finally: scratch.unlink(missing_ok=True)
     return target
