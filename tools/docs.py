@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -16,6 +17,12 @@ SOURCE, SITE = ROOT/'build/docs', ROOT/'build/site'
 REPOSITORY = '{git_url}/blob/{branch}/'
 
 
+def on_site(link, name, repository):
+    """A link in notebook `name` as the site needs it: what lies outside nbs/ is in the repository only."""
+    place = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
+    return repository + place.removeprefix('../') if place.startswith('../') else link
+
+
 def copy_notebooks():
     """Put plain copies of all notebooks into SOURCE; return their names without suffix, in reading order."""
     settings = ConfigParser(delimiters=['='])
@@ -28,8 +35,8 @@ def copy_notebooks():
             continue
         notebook = plain_notebook(path)
         for cell in notebook.cells:
-            if cell.cell_type == 'markdown':  # what lies outside nbs/ is not on the site
-                cell.source = rewrite_links(cell.source, lambda link: re.sub(r'^(\.\./)+', repository, link))
+            if cell.cell_type == 'markdown':
+                cell.source = rewrite_links(cell.source, lambda link: on_site(link, name, repository))
         names.append(name)
         (SOURCE/name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, SOURCE/f'{name}.ipynb')
