@@ -258,14 +258,15 @@ def _table(found):
 
 def print_truth(numbers):
     """The numbers of `judge_truth` as a table."""
-    def show(number, digits, width): return f'{number["value"]:{width}.{digits}f} ± {number["se"]:.{digits}f}'
+    def show(number, digits): return f'{number["value"]:.{digits}f} ± {number["se"]:.{digits}f}'
     print(numbers['protocol'])
     for kind in filter(numbers.get, KINDS):
-        print(f'\n{kind}: {numbers[kind]["pairs"]} pairs, {numbers[kind]["people"]} people     model ± error     copy reference  perfect   remaining ± error')
+        title = f'{kind}: {numbers[kind]["pairs"]} pairs, {numbers[kind]["people"]} people'
+        print(f'\n{title:27}{"model ± error":>16}', *[f'{who:>9}' for who in CANDIDATES[1:]], f'{"remaining ± error":>19}')
         for label, found in _table(numbers[kind]):
             digits = 1 if label.startswith('PSNR') else 3
-            anchors = ''.join(f'{found[who]["value"]:9.{digits}f}' for who in CANDIDATES[1:])
-            print(f'{label:27}{show(found["model"], digits, 9):>17}{anchors}', show(found['remaining'], 2, 12) if 'remaining' in found else '')
+            anchors, left = [f'{found[who]["value"]:9.{digits}f}' for who in CANDIDATES[1:]], found.get('remaining')
+            print(f'{label:27}{show(found["model"], digits):>16}', *anchors, f'{show(left, 2):>19}' if left else '')
 
 # %% ../nbs/07b_truth.ipynb #00000036
 def error_map(drawn, right):

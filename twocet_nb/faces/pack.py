@@ -240,7 +240,6 @@ def truth_pairs(root, n=200, seed=0, own=False):
     in_turn = chain.from_iterable(zip_longest(*[of_class[name] for name in sorted(of_class)]))
     return [pair for pair in in_turn if pair][:n]
 
-
 # %% ../../nbs/faces/07_pack.ipynb #00000032
 @dataclass(frozen=True)
 class MaskShot(Shot):
@@ -257,7 +256,6 @@ def truth_shots(target, reference):
     answer = truth_shot(target, reference)
     lossless = dict(file=f'masks/{answer.file}', quality=100, before=target.expression)
     return answer, replace(answer, file=f'again/{answer.file}', render_seed=answer.render_seed + 1), MaskShot(**vars(answer) | lossless)
-
 
 # %% ../../nbs/faces/07_pack.ipynb #00000034
 TRUTH_FOLDERS = {
@@ -282,4 +280,3 @@ def make_truth(root, out, n=200, own=200, seed=0, workers=2, quiet=False):
     counts = dict(images=len(every), cross_pairs=n, own_pairs=own, folders=TRUTH_FOLDERS)
     if not missing: _write_card(out, _card(counts | dict(seed=seed, size=answer.size, samples=answer.samples, quality=answer.quality)))
     return missing
-
