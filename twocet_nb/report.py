@@ -143,6 +143,9 @@ def set_table(found):
     "The distances of the three sets of one split as an HTML table."
     rows = [('set', 'distance [interval]', 'floor, at equal N', 'kernel distance', 'score (real)', 'warning')]
     for name in ('N', 'E_z', 'E_r'):
+        if not found[name]['frechet']:
+            rows.append((name, '', '', '', '', found[name]['reason']))
+            continue
         score, kernel, inception = Score(**found[name]['frechet']), found[name]['kernel'], found[name]['score']
         interval = f' [{score.interval[0]:.2f}, {score.interval[1]:.2f}]' if score.interval else ''
         rows.append((f'{name}: {score.n_fake} fakes, {score.n_real} real', f'{score.value:.2f}{interval}', f'{score.floor:.2f} ({score.at_floor_n:.2f} at {score.floor_n})',
