@@ -25,7 +25,7 @@ test: export OMP_NUM_THREADS = 1
 test: .venv/with-dev  ## every check: notebooks and package in step, README in step, all tests
 	$(BIN)/python tools/check_sync.py
 	$(BIN)/python tools/readme.py --check
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15 tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 tests
 
 bench: .venv/with-base  ## how much faster, here, each trick makes a training step (on a GPU the paper preset too) and ours is a Frechet distance
 	$(BIN)/python benchmarks/step.py
