@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -498,7 +499,8 @@ def test_ctrl_c_of_the_command(tmp_path):
     (tmp_path/'one.png').unlink()
     program = "import sys; from twocet_nb.cli import main; sys.exit(main())"
     words = ['prepare', 'folder', 'album', 'out', '--crop', 'centre', '--id-pattern', '^([^/]+)/', '--neutral', 'calm']
-    process = subprocess.Popen([sys.executable, '-c', program, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # a shell's background jobs are started deaf to it
+    process = subprocess.Popen([sys.executable, '-c', program, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('.out.preparing/crops/*.png')) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(.01)

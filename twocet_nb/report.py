@@ -197,10 +197,10 @@ def write_report(place, data='faces-64', out='runs/evaluation', splits=('test',)
     """
     out, options, run, place_of = Path(out), dict(splits=tuple(splits), protocol=protocol, seed=seed) | options, None, place
     if (Path(place)/'checkpoints').is_dir():
-        run = evaluate_run(place, data, quiet, **options)
+        run = evaluate_run(place, data, quiet=quiet, **options)
         report, place_of = run['checkpoints'][run['best']], Path(place)/'checkpoints'/run['best']
     model = TwoCET.load(place_of)
-    if run is None: report = evaluate(model, data, **options)
+    if run is None: report = evaluate(model, data, quiet=quiet, **options)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out/'evaluation.json', json.dumps(run or report, indent=1).encode())
     command = f'twocet evaluate {place} --data {data} --split {" ".join(splits)} --protocol {protocol} --seed {seed}'
