@@ -17,7 +17,6 @@ from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
-import platformdirs
 import torch
 from PIL import Image
 from safetensors.torch import save
@@ -27,7 +26,7 @@ from torchvision.models import inception_v3
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from .data import InputError, _asset, _check_range, bundled, draw_indices, packs, read_face, to_pil
+from .data import InputError, _asset, _check_range, bundled, cache_folder, draw_indices, packs, read_face, to_pil
 from .networks import _fill, _read, pick_device, write_atomically
 
 # %% ../nbs/07a_features.ipynb #00000008
@@ -406,7 +405,7 @@ WEIGHTS = {
 
 def weights_folder():
     """Where fetched weights are kept: `weights` in the cache folder of `data.bundled`."""
-    return Path(os.environ.get('TWOCET_CACHE') or platformdirs.user_cache_dir('twocet_nb'))/'weights'
+    return cache_folder()/'weights'
 
 def _known(name):
     "The entry of `WEIGHTS`."

@@ -328,17 +328,15 @@ def score(real, fake, protocol, name='Frechet distance', distance=frechet_distan
                  lowest.n, float(np.mean(at_n)), level)
 
 # %% ../nbs/07c_evaluate.ipynb #00000002
-import hashlib, json, math, os
-from dataclasses import replace
+import hashlib, math
 from functools import partial
 from typing import NamedTuple
 
-import platformdirs
 import torch
 from tqdm.auto import tqdm
 
-from .config import data_root, find_data, read_config
-from .data import card, packs
+from .config import find_data, read_config
+from .data import _to_unit, cache_folder, card, packs
 from .features import FaceReader, authors_inception, lpips_distance, lpips_network, reader_difference, standard_inception
 from .guard import commit, data_hash
 from .losses import sample_codes
@@ -387,7 +385,7 @@ def fake_sets(model, faces, per_class=3, seed=0):
 def face_chunks(folder, rows=None, size=64):
     "The faces of a folder, or some rows of it, a few at a time, as (n, 3, S, S) tensors in [-1, 1]."
     for part in torch.arange(len(folder)).split(size) if rows is None else rows.split(size):
-        yield torch.stack([folder[int(i)] for i in part]).float() / 127.5 - 1
+        yield _to_unit(torch.stack([folder[int(i)] for i in part]))
 
 # %% ../nbs/07c_evaluate.ipynb #0000000c
 def draw_fakes(model, faces, fakes, size=64):
@@ -422,7 +420,7 @@ def real_features(extractor, data, size, split, face_type):
     data: a bundled name or a folder; size: px; split, face_type: see `find_data`. A damaged cache file is made anew.
     """
     words = f'{faces_hash(str(data), split)}-{fingerprint(extractor)}-{size}-{split}-{face_type}'
-    path = Path(os.environ.get('TWOCET_CACHE') or platformdirs.user_cache_dir('twocet_nb'))/'features'/f'{hashlib.sha256(words.encode()).hexdigest()[:24]}.npz'
+    path = cache_folder()/'features'/f'{hashlib.sha256(words.encode()).hexdigest()[:24]}.npz'
     try:
         with np.load(path, allow_pickle=False) as file: return Measured(file['features'], file['probabilities'])
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile): pass

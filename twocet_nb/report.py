@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from .config import data_root
-from .data import InputError, image_grid, packs
-from .metrics import evaluate, evaluate_run, exam_of, face_chunks, fake_sets, draw_fakes, Score
+from .data import image_grid
+from .metrics import evaluate, evaluate_run, exam_of, fake_sets, draw_fakes, Score
 from .config import find_data
 from .networks import write_atomically
-from .runs import SyntheticImage, best_checkpoint, save_picture
+from .runs import SyntheticImage, save_picture
 from .transfer import TwoCET, judged_faces, judgement, l1
 from .truth import CANDIDATES, MEASURES, NAMES, REGIONS, comparison, error_map, transfer_errors
 
@@ -32,8 +31,8 @@ def ranked(errors, each=2):
 # %% ../nbs/07d_report.ipynb #00000008
 def _known(model, pairs, each):
     "Ranked rows of an exam: target, reference, answer, drawing, error map, regions."
-    errors = [row['model_l1_face'] for row in transfer_errors(model, [pair for pair in pairs if pair.kind == 'cross'])]
     cross = [pair for pair in pairs if pair.kind == 'cross']
+    errors = [row['model_l1_face'] for row in transfer_errors(model, cross)]
     return {name: comparison(model, [cross[i] for i in rows]) for name, rows in ranked(errors, each).items()}
 
 def _unknown(model, data, each, split, seed):
