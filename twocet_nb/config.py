@@ -43,8 +43,9 @@ class RunOptions:
 # %% ../nbs/04b_config.ipynb #0000000a
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
-             | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay'), 0))
-_BELOW = dict(beta1=1, ema_decay=1)
+             | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay',
+                              'disturb', 'borrowed'), 0))
+_BELOW = dict(beta1=1, ema_decay=1, borrowed=1.01)
 
 def checked(config):
     """The same `TrainConfig`, once every value in it is known to make sense. Raises InputError, naming the field."""
@@ -52,6 +53,8 @@ def checked(config):
         value = getattr(config, field.name)
         if not isinstance(value, (int, float) if field.type is float else field.type):
             raise InputError(f'{field.name} is {value!r}; mend: it must be of the type {field.type.__name__}')
+    if not config.cycles.split() or set(config.cycles.split()) - {'a', 'b', 'ab'}:
+        raise InputError(f"cycles is {config.cycles!r}; mend: sub-steps such as 'ab ab a'")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise InputError(f'{name} is {getattr(config, name)!r}; mend: choose one of {", ".join(choices)}')
@@ -59,6 +62,8 @@ def checked(config):
         if not lowest <= getattr(config, name) < _BELOW.get(name, math.inf):    # NaN is refused too
             below = f' and below {_BELOW[name]}' if name in _BELOW else ''
             raise InputError(f'{name} is {getattr(config, name)}; mend: it must be {lowest} or more{below}')
+    if not (config.paired or config.losses.pair_e.is_off and config.losses.pair_n.is_off):
+        raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     return config
 
 # %% ../nbs/04b_config.ipynb #0000000c
@@ -66,9 +71,9 @@ def checked(config):
 class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; network, losses: see `NetworkConfig`, `LossConfig`; steps: iterations of three
-    sub-steps; lr_*: learning rates of Adam, beta1 its momentum; ema_decay: of the averaged networks, once a step;
-    codes: as in `sample_codes`; seed: of weights, batches and codes; start_from: weights to begin with, as in `open_networks`.
+    data: a bundled name or a folder; network, losses: see `NetworkConfig`, `LossConfig`; steps: iterations; lr_*: learning rates of Adam, beta1 its momentum; ema_decay: of the averaged networks, once a step;
+    cycles: those whose losses each sub-step of an iteration has; codes: as in `sample_codes`; borrowed: the share of them that are instead codes of other faces of the batch; paired: batches
+    of `PairBatches`; disturb: how much the faces that E reads are `disturb`ed; seed: of weights, batches and codes; start_from: weights to begin with, as in `open_networks`.
     """
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
@@ -82,6 +87,10 @@ class TrainConfig(RunOptions):
     weight_decay: float = 1e-4
     ema_decay: float = 0.999
     codes: str = 'uniform'
+    cycles: str = 'ab ab a'
+    borrowed: float = 0.
+    paired: bool = False
+    disturb: float = 0.
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
@@ -91,11 +100,11 @@ def _readme(**changes):
     "The authors' README run: the paper's but for the schedules."
     return TrainConfig(**dict(losses=LossConfig.readme()) | changes)
 
-def _course(steps=4000, **changes):
+def _course(steps=6000, **changes):
     "64 px on a CPU: the recipe of the shipped weights."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=LossConfig.course(steps), precision='bf16',
-                  lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4, beta1=.5, weight_decay=0., ema_decay=.995,
-                  sample_every=100, save_every=100)
+                  batch_size=16, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
+                  lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _tiny(steps=20, **changes):

@@ -136,10 +136,12 @@ def _flat(value, name=''):
 _EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay'), "used from the next step on; Adam's moments are kept")
     | dict.fromkeys(('precision', 'device', 'speed'), 'steps are rounded differently from now on, so the run is no longer bit for bit what it was')
     | dict.fromkeys(('memory', 'workers'), 'where faces wait; the batches stay the same to the last bit')
-    | dict.fromkeys(('log_every', 'sample_every', 'save_every', 'keep'), 'what is written how often; what is learned stays the same')
+    | dict.fromkeys(('log_every', 'sample_every', 'save_every', 'keep', 'eval_every', 'best_by', 'trackers', 'memory_check'), 'what is written how often; what is learned stays the same')
     | dict(steps='the run ends there', ema_decay='used from the next step on; the averages so far are kept',
            batch_size='later batches are drawn anew, so some faces come again early or are left out once',
-           seed='later batches and codes are drawn anew; the weights are kept', codes='later codes are drawn like this',
+           seed='later batches and codes are drawn anew; the weights are kept', codes='later codes are drawn like this', borrowed='later codes are drawn like this',
+           cycles='used from the next step on; later batches are drawn anew',
+           paired='later batches are drawn like this', disturb='how E sees later faces',
            data='later batches are drawn from these faces; what was learned from the others stays',
            losses='weighs from the next step on', start_from='ignored: a run goes on from its own checkpoint'))
 

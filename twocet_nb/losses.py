@@ -218,6 +218,9 @@ class _LossFields:
     code: Schedule = Schedule(((1, 0.0), (5_000, 1.0)))
     ds: Schedule = Schedule(((1, 1.0), (10_000, 0.0)))
     identity: Schedule = _OFF
+    pair_e: Schedule = _OFF
+    pair_n: Schedule = _OFF
+    zero: Schedule = _OFF
     r1: float = 1.0
     r1_every: int = 1
     proportional_diversity: bool = True
@@ -256,7 +259,7 @@ class _LossAnswers(_LossFields, _Drawn):
         figure.set_size_inches(10, 3.4)
         panels = {name: getattr(self, name) for name in _SCHEDULES} | dict(r1=Schedule.constant(self.r1))
         last = 1.1 * max(panel.points[-1][0] for panel in panels.values()) or 1
-        for (name, panel), ax in zip(panels.items(), figure.subplots(2, 4, sharex=True, sharey=True).flat):
+        for (name, panel), ax in zip(panels.items(), figure.subplots(2, 5, sharex=True, sharey=True).flat):
             panel.plot(ax, last, color='lightgray' if panel.is_off else 'C0')
             ax.set_title(name)
             ax.locator_params(nbins=3)
@@ -272,6 +275,7 @@ class _LossRecord(_LossAnswers):
     @classmethod
     def from_dict(cls, values):
         "The configuration that `to_dict` wrote; InputError names what is unknown or missing."
+        values = dict.fromkeys(('pair_e', 'pair_n', 'zero'), _OFF.to_list()) | values    # runs of older versions have none
         odd = sorted({field.name for field in fields(cls)} ^ set(values))
         if odd:
             raise InputError(f"no loss configuration: {', '.join(odd)} unknown or missing; mend: use what to_dict() wrote")
@@ -282,7 +286,9 @@ class _LossRecord(_LossAnswers):
 class LossConfig(_LossRecord):
     r"""Which losses a run uses and how much each weighs at each step; the defaults are the paper's (section 4.2).
 
-    adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8), identity ($\|x - G(x, 0)\|_1$, ours, off): Schedules.
+    adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8): Schedules; so are four of ours, off in the paper's: identity
+    ($\|x - G(x, 0)\|_1$), zero ($\|E(x_n)\|_1$) and, for pairs of one person, pair_e ($\|x_e - G(x_n, E(x_e))\|_1$) and
+    pair_n ($\|x_n - G(x_e, 0)\|_1$).
     r1: weight of R1, >= 0. r1_every: R1 is computed at every n-th update of D (n >= 1) and then counts n times.
     proportional_diversity: use `diversity_factor`. Frozen, hashable; raises InputError for values of another kind.
     """
@@ -297,12 +303,8 @@ class LossConfig(_LossRecord):
         return cls(cyc_e=_ON, code=Schedule(((0, 0.0), (5_000, 1.0))), ds=Schedule(((0, 1.0), (100_000, 0.0))), r1=0.5)
 
     @classmethod
-    def course(cls, steps=4_000):
-        "For a short run on a CPU: draw first (identity), then act, with heavier L1 terms and a light, lazy R1."
-        warm, full, early = max(1, steps * 27 // 400), max(3, steps * 37 // 400), max(4, steps * 241 // 1000)
-        turned, late = max(early + 1, steps * 11 // 40), max(6, steps // 2)
-        on = lambda weight, by=full: ((0, 0.0), (warm, 0.0), (by, weight))
-        return cls(identity=Schedule(((0, 1.0), (warm, 1.0), (full, 0.0))), adv_e=Schedule(on(1.0)), adv_n=Schedule(on(1.0)),
-                   code=Schedule(on(3.0)), cyc_n=Schedule(on(5.0, warm + 1)), r1=0.1, r1_every=4,
-                   cyc_e=Schedule((*on(5.0, warm + 1), (early, 5.0), (turned, 10.0))),
-                   ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))
+    def course(cls, steps=6_000):
+        "For a short run on a CPU, with pairs: first the right answers alone, in the last quarter also D and the way back of cycle (a)."
+        act = max(1, steps * 3 // 4)
+        late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 60), weight)))
+        return cls(pair_e=_ON, pair_n=_ON, adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5), cyc_e=_OFF, code=_OFF, ds=_OFF, r1=0.1, r1_every=4)

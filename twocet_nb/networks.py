@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import AdaINResBlock, ResBlock
 from .data import InputError
+from .repaint import PARTS, recompose, start_as_copy
 
 # %% ../nbs/03_networks.ipynb #00000007
 def _check_config(config):
@@ -57,6 +58,7 @@ class NetworkConfig(_Json):
     max_width: int = 512     # ... up to this many
     code_dim: int = 32       # d, the length of an expression code
     he_init: bool = False    # first weights: PyTorch's defaults, as the authors (False), or He initialisation (True)
+    repaint: bool = False    # G draws the whole picture, as the authors' (False), or moves and paints the target's (True)
     __post_init__ = _check_config
 
     @classmethod
@@ -66,11 +68,11 @@ class NetworkConfig(_Json):
     @classmethod
     def course(cls):
         "64 pixels and an eighth of the channels: trains on a laptop CPU."
-        return cls(64, 16, he_init=True)
+        return cls(64, 16, he_init=True, repaint=True)
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
-        return cls(16, 4, 16, 4, he_init=True)
+        return cls(16, 4, 16, 4, he_init=True, repaint=True)
     def widths(self, halvings):
         "Channels before the first and after each of so many halvings: halvings + 1 numbers."
         return [min(self.width * 2**i, self.max_width) for i in range(halvings + 1)]
@@ -107,15 +109,16 @@ class Generator(nn.Module):
                                     + [ResBlock(deep, deep, norm=True) for _ in range(2)])
         self.decode = nn.ModuleList([AdaINResBlock(deep, deep, d) for _ in range(2)]
                                     + [AdaINResBlock(b, a, d, up=True) for a, b in reversed(steps)])
-        self.to_rgb = nn.Sequential(nn.InstanceNorm2d(w[0], affine=True), nn.LeakyReLU(0.2), nn.Conv2d(w[0], 3, 1))
+        self.to_rgb = nn.Sequential(nn.InstanceNorm2d(w[0], affine=True), nn.LeakyReLU(0.2), nn.Conv2d(w[0], PARTS if config.repaint else 3, 1))
         if config.he_init: init_he(self)
+        if config.repaint: start_as_copy(self.to_rgb[-1])
 
     def forward(self, x, code):
         _check_images(x, self.config)
-        x = self.from_rgb(x)
-        for block in self.encode: x = block(x)
-        for block in self.decode: x = block(x, code)
-        return self.to_rgb(x)
+        y = self.from_rgb(x)
+        for block in self.encode: y = block(y)
+        for block in self.decode: y = block(y, code)
+        return recompose(x, self.to_rgb(y)) if self.config.repaint else self.to_rgb(y)
 
 # %% ../nbs/03_networks.ipynb #00000018
 def make_trunk(c_in, config):
