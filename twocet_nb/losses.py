@@ -205,9 +205,9 @@ class Schedule(_Points, _Drawn):
         self.plot(ax, 1.2 * self.points[-1][0] or 1)
         ax.set(xlabel='step', ylabel='weight', ylim=(0, None))
 
-# %% ../nbs/04_losses.ipynb #0000003f
 _ON, _OFF = Schedule.constant(1.0), Schedule.constant(0.0)
 
+# %% ../nbs/04_losses.ipynb #0000003f
 @dataclass(frozen=True)
 class _LossFields:
     "What a loss configuration holds; the defaults are the paper's."
@@ -301,10 +301,3 @@ class LossConfig(_LossRecord):
     def readme(cls):
         "The authors' README run."
         return cls(cyc_e=_ON, code=Schedule(((0, 0.0), (5_000, 1.0))), ds=Schedule(((0, 1.0), (100_000, 0.0))), r1=0.5)
-
-    @classmethod
-    def course(cls, steps=6_000):
-        "For a short run on a CPU, with pairs: first the right answers alone, in the last quarter also D and the way back of cycle (a)."
-        act = max(1, steps * 3 // 4)
-        late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 60), weight)))
-        return cls(pair_e=_ON, pair_n=_ON, adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5), cyc_e=_OFF, code=_OFF, ds=_OFF, r1=0.1, r1_every=4)

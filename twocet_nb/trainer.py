@@ -49,7 +49,7 @@ def typed(faces, face_type):
 def discriminator_loss(D, reals, fakes, weights, r1=0., once=None, one_pass=True):
     """What D minimises in one sub-step (equations 1 and 6, and R1 on real faces), and its terms by name.
 
-    reals, fakes: faces by face type; r1: weight of R1, 0 leaves it out; once: D for passes without R1 (default: D).
+    reals, fakes: faces by face type; r1: weight of R1 beside the loss it steadies, 0 leaves it out; once: D for passes without R1 (default: D).
     Returns (loss or None, {name: tensor}).
     """
     letters = {t: FACE_LETTERS[t] for t in fakes if weights[f'adv_{FACE_LETTERS[t]}']}
@@ -60,10 +60,10 @@ def discriminator_loss(D, reals, fakes, weights, r1=0., once=None, one_pass=True
     if r1: logits = together(D, real, one_pass) | together(once or D, fake, one_pass)
     else: logits = together(once or D, real | fake, one_pass)
     terms = {f'd_{letter}': adversarial_loss(logits['real', t], True) + adversarial_loss(logits['fake', t], False) for t, letter in letters.items()}
-    loss = sum(weights[f'adv_{letter}'] * terms[f'd_{letter}'] for letter in letters.values())
-    if not r1: return loss, terms
+    def weighed(terms, kind): return sum(weights[f'adv_{letter}'] * terms[f'{kind}_{letter}'] for letter in letters.values())
+    if not r1: return weighed(terms, 'd'), terms
     penalties = dict(zip([f'r1_{letter}' for letter in letters.values()], r1_penalties([logits['real', t] for t in letters], list(reals.values()))))
-    return loss + r1 * sum(penalties.values()), terms | penalties
+    return weighed(terms, 'd') + r1 * weighed(penalties, 'r1'), terms | penalties
 
 # %% ../nbs/05_trainer.ipynb #0000002b
 def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, seen=None):

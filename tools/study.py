@@ -1,0 +1,125 @@
+"""Try the hypotheses of nbs/studies/recipe.ipynb, each from the same seed and for the same processor time; results go to nbs/studies/recipe.json.
+
+A row that is there is not computed again, so a stopped study goes on. Several processes may share the rows: `--rows` says which are whose.
+"""
+import argparse
+import json
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from twocet_nb import data
+from twocet_nb.codespace import embed, variance_shares
+from twocet_nb.config import preset
+from twocet_nb.demo import commit
+from twocet_nb.losses import LossConfig, Schedule
+from twocet_nb.networks import NetworkConfig
+from twocet_nb.trainer import Trainer
+from twocet_nb.transfer import averaged_model
+from twocet_nb.truth import judge_truth
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT/'nbs'/'studies'/'recipe.json'
+COURSE, UNPAIRED = preset('course'), preset('unpaired')
+on = Schedule.constant
+
+
+def course(**losses):
+    "The recipe with other losses."
+    return replace(COURSE, losses=replace(COURSE.losses, **losses))
+
+
+def unpaired(**losses):
+    "The losses of the paper for a laptop, from the first step (a short study cannot wait for a fade-in)."
+    full = replace(UNPAIRED.losses, adv_e=on(1.), adv_n=on(1.), cyc_n=on(5.), cyc_e=on(5.), code=on(3.), ds=on(1.), identity=on(0.))
+    return replace(UNPAIRED, losses=replace(full, **losses))
+
+
+def unregistered(moving, fixed):
+    return torch.zeros(len(moving), 4)
+
+
+def equal_weights(x_n, x_e):
+    return torch.ones_like(x_n[:, :1])
+
+
+# name: (configuration, what is replaced in the code)
+HYPOTHESES = {
+    'the recipe': (COURSE, None),
+    'paper': (preset('paper', data='faces-64', network=NetworkConfig(64, 16)), None),
+    'paper, He start': (preset('paper', data='faces-64', network=NetworkConfig(64, 16, he_init=True), lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4), None),
+    'paper for a laptop': (unpaired(), None),
+    'paper for a laptop, repainting': (replace(unpaired(), network=NetworkConfig.course()), None),
+    'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
+    'pairs not registered': (COURSE, ('twocet_nb.pairs.register', unregistered)),
+    'all pixels count alike': (COURSE, ('twocet_nb.trainer.change_weights', equal_weights)),
+    'E sees what is drawn': (replace(COURSE, disturb=0.), None),
+    'E(neutral) = 0': (course(zero=on(.1)), None),
+    'D from the first step': (course(adv_e=on(.02), adv_n=on(.02), cyc_n=on(.5)), None),
+    'code loss, random codes': (replace(course(adv_e=on(.02), cyc_n=on(.5), code=on(.2)), borrowed=0.), None),
+    'batch of 8': (replace(COURSE, batch_size=8), None),
+    'twice the learning rate': (replace(COURSE, lr_generator=2e-3, lr_encoder=2e-3), None),
+    'half the learning rate': (replace(COURSE, lr_generator=5e-4, lr_encoder=5e-4), None),
+    'code of 8 numbers': (replace(COURSE, network=replace(COURSE.network, code_dim=8)), None),
+    'half the channels': (replace(COURSE, network=replace(COURSE.network, width=8)), None),
+    'laptop, R1 x 10': (unpaired(r1=1.), None),
+    'laptop, no diversity': (unpaired(ds=on(0.)), None),
+    'laptop, plain diversity': (unpaired(proportional_diversity=False), None),
+    'laptop, Gaussian codes': (replace(unpaired(), codes='gaussian'), None),
+    'laptop, half borrowed codes': (replace(unpaired(), borrowed=.5), None),
+    'laptop, slower D': (replace(unpaired(), lr_discriminator=2e-4), None),
+}
+
+
+def train(config, seconds, folder):
+    "A run of so many seconds of processor time; what comes before the first step does not count."
+    run = Trainer(replace(config, ema_decay=.98, memory_check=False), folder, quiet=True)
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        run.train_step()
+    run.check()
+    return run
+
+
+def numbers(run):
+    "What is said about a run: exact truth, other people's expressions, and the shares of the variance of its codes."
+    model = averaged_model(run)
+    cross = judge_truth(model)['cross']
+    shares = {finding.name: finding.value for finding in variance_shares(embed(model, run.config.data, 'test', 1))}
+    found = dict(remaining=cross['l1']['face']['remaining'], remaining_mouth=cross['l1']['mouth']['remaining'], wins=cross['wins']['model'],
+                 units=cross['units']['mean']['model'], like_target=cross['like_target']['model'])
+    return found | dict(between_people=shares['between people'], between_expressions=shares['between expressions'])
+
+
+def results():
+    return json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else dict(rows={})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--seconds', type=int, default=120, help='processor time of each training (default: 120)')
+    parser.add_argument('--rows', nargs='*', default=list(HYPOTHESES), help='which hypotheses (default: all)')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.rows:
+        if name in results()['rows']:
+            continue
+        config, replaced = HYPOTHESES[name]
+        with tempfile.TemporaryDirectory() as folder, patch(*replaced) if replaced else nullcontext():
+            run = train(config, args.seconds, Path(folder)/'run')
+            row = dict(steps=run.step) | numbers(run)
+        found = results()      # another process may have added rows
+        found |= dict(command=f'python tools/study.py --seconds {args.seconds}', commit=commit(), seed=config.seed,
+                      data=dict(name='faces-64', sha256=data.card('faces-64')['sha256']), exam='truth-64')
+        found['rows'][name] = row
+        RESULTS.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+        print(f'{name}: {row["steps"]} steps, remaining {row["remaining"]["value"]:.2f}, wins {row["wins"]["value"]:.2f}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
