@@ -10,7 +10,7 @@ __all__ = ['CHUNK', 'HARDLY', 'SCALE', 'MARGIN', 'WEIGHTS', 'IMAGENET_MEAN', 'IM
            'fetch', 'to_bytes', 'standard_inception', 'authors_inception', 'lpips_network', 'lpips_distance']
 
 # %% ../nbs/07a_features.ipynb #00000003
-import csv, hashlib, json, os, urllib.request, warnings
+import hashlib, json, os, urllib.request, warnings
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from importlib import import_module
@@ -26,7 +26,7 @@ from torchvision.models import inception_v3
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from .data import InputError, _asset, _check_range, bundled, cache_folder, draw_indices, packs, read_face, to_pil
+from .data import InputError, _asset, _check_range, bundled, cache_folder, draw_indices, packs, read_csv, read_face, to_pil
 from .networks import _fill, _read, pick_device, write_atomically
 
 # %% ../nbs/07a_features.ipynb #00000008
@@ -104,7 +104,7 @@ def read_labels(root, split=None, size=64, unit_names=None):
     """
     table = (bundled(root) if str(root) in packs() else Path(root))/'images.csv'
     if not table.is_file(): raise InputError(f'{table}: not there; mend: give a rendered pack, such as faces-64 (photographs have no known units)')
-    with table.open(encoding='utf-8', newline='') as file: rows = [r for r in csv.DictReader(file) if split in (None, r['split'])]
+    rows = [row for row in read_csv(table) if split in (None, row['split'])]
     if not rows: raise InputError(f'{table}: no face with split {split!r}; mend: train, test or None')
     names = [name for name in rows[0] if name.startswith('unit_')] if unit_names is None else list(unit_names)
     if lacking := set(names) - rows[0].keys(): raise InputError(f'{table}: no column {", ".join(sorted(lacking))}; mend: render the pack anew')
