@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'REGIONS', 'CANDIDATES', 'MEASURES', 'NAMES', 'Pair', 'truth_pairs', 'Pictures', 'read_at', 'read_pictures',
            'masked_mean', 'masked_l1', 'masked_psnr', 'ssim_map', 'masked_ssim', 'draw_answers', 'wins', 'known_units',
-           'transfer_errors', 'jackknife', 'mean_by_person', 'remaining', 'unit_r2', 'varying_units', 'judge_truth',
-           'print_truth', 'error_map', 'comparison']
+           'Exam', 'transfer_errors', 'jackknife', 'mean_by_person', 'remaining', 'unit_r2', 'varying_units',
+           'judge_truth', 'print_truth', 'error_map', 'comparison']
 
 # %% ../nbs/07b_truth.ipynb #00000003
-import csv
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data import InputError, face_name, image_grid, packs, to_tensor
+from .data import InputError, face_name, image_grid, packs, read_csv, to_tensor
 from .features import HARDLY, FaceReader, r_squared
 from .config import data_root
 from .transfer import l1
@@ -53,7 +52,7 @@ def truth_pairs(root='truth-64', faces=None):
     folder = data_root(root)
     faces = data_root(faces or (root.replace('truth', 'faces') if root in packs() else folder.parent))
     if not (folder/'pairs.csv').exists(): raise InputError(f'{root}: no exam here (no pairs.csv); mend: name truth-64, truth-128 or a folder of make_truth')
-    with open(folder/'pairs.csv', encoding='utf-8', newline='') as file: rows = list(csv.DictReader(file))
+    rows = read_csv(folder/'pairs.csv')
     try: pairs = [Pair(faces/row['target'], faces/row['reference'], *[folder/place/row['file'] for place in ('', 'again', 'masks')],
                        int(row['class']), row['emotion']) for row in rows]
     except (KeyError, ValueError) as error: raise InputError(f'{folder}/pairs.csv: not the table of an exam ({error!r}); mend: get the pack again') from error
@@ -79,7 +78,6 @@ def read_at(path, size):
     if height != width or width % size: raise InputError(f'{path}: {width} x {height} px cannot be averaged to {size} x {size}; mend: take an exam of that size, such as truth-128')
     return F.avg_pool2d(image, width//size)
 
-# %% ../nbs/07b_truth.ipynb #0000000c
 def read_pictures(pairs, size):
     """The `Pictures` of a list of `Pair` at size x size px. Raises InputError as `read_at` does."""
     columns = [torch.stack([read_at(path, size) for path in paths]) for paths in list(zip(*pairs))[:5]]
@@ -100,15 +98,20 @@ def masked_psnr(a, b, masks):
     return 10*torch.log10(4/masked_mean((a - b)**2, masks).clamp(min=4e-10))
 
 # %% ../nbs/07b_truth.ipynb #00000014
+def _window(n, dtype):
+    "A blur of n values as a matrix (n, n): in row i the Gaussian weights, standard deviation 1.5, of the 11 values around i; the border mirrors."
+    weights = torch.exp(-torch.arange(-5, 6, dtype=dtype)**2/(2*1.5**2))
+    near = (torch.arange(n)[:, None] + torch.arange(-5, 6)).abs()
+    near = n - 1 - (n - 1 - near).abs()
+    return torch.zeros(n, n, dtype=dtype).scatter_add_(1, near, (weights/weights.sum()).expand(n, 11))
+
 def _blur(images):
-    "The average of images (N, C, H, W) in the 11 x 11 px around each pixel, Gaussian weights with standard deviation 1.5 px; the border mirrors."
-    weights = torch.exp(-(torch.arange(11, dtype=images.dtype) - 5)**2/(2*1.5**2))
-    weights, planes = weights/weights.sum(), F.pad(images, [5]*4, mode='reflect').flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(planes, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11)).view(images.shape)
+    "The weighted average of images (N, C, H, W) in the 11 x 11 px around each pixel. Two products with matrices are many times faster than a convolution here."
+    return _window(images.shape[-2], images.dtype) @ images @ _window(images.shape[-1], images.dtype).T
 
 def ssim_map(a, b):
     """Structural similarity of images (N, C, H, W) in [-1, 1] in the window around each pixel: (N, C, H, W), at most 1. Wang et al. (2004), equation 13."""
-    mean_a, mean_b, aa, bb, ab = _blur(torch.cat([a, b, a*a, b*b, a*b])).chunk(5)
+    mean_a, mean_b, aa, bb, ab = map(_blur, (a, b, a*a, b*b, a*b))
     light = (2*mean_a*mean_b + .02**2)/(mean_a**2 + mean_b**2 + .02**2)
     return light*(2*(ab - mean_a*mean_b) + .06**2)/(aa - mean_a**2 + bb - mean_b**2 + .06**2)
 
@@ -147,31 +150,53 @@ def known_units(pairs, names):
     rows = {}
     for root in {pair.reference.parents[2] for pair in pairs}:
         if not (root/'images.csv').exists(): raise InputError(f'{root}/images.csv: missing, and with it the known units; mend: use a rendered pack')
-        with open(root/'images.csv', encoding='utf-8', newline='') as file: rows |= {root/row['file']: row for row in csv.DictReader(file)}
+        rows |= {root/row['file']: row for row in read_csv(root/'images.csv')}
     try: return torch.tensor([[float(rows[pair.reference][name]) for name in names] for pair in pairs])
     except KeyError as error: raise InputError(f'images.csv lacks {error.args[0]}; mend: use the pack the reader was made for') from error
 
 # %% ../nbs/07b_truth.ipynb #00000024
-def _picture_columns(who, images, pictures):
-    "What the pixels of a candidate say: {name: (N,)}."
-    found = {f'{who}_{measure}_{region}': values for measure, error in MEASURES.items()
-             for region, values in zip(REGIONS, error(images, pictures.again, pictures.masks).T)}
-    return found | {f'{who}_wins': wins(images, pictures.again)}
+class Exam:
+    """Pairs for models to sit at `size` px. What the three anchors get is worked out when the first model sits it, and kept for the next.
 
-def _reader_columns(candidates, reader):
-    "What the face network says about all candidates: {name: (N,)}."
-    who_is = {who: reader.identity(images) for who, images in candidates.items()}
-    found = {f'{who}_{name}': values for who, images in candidates.items() for name, values in zip(reader.unit_names, reader.units(images).T)}
-    likeness = {f'{who}_like_{other}': (own*who_is[copied]).sum(1) for who, own in who_is.items() for other, copied in (('target', 'copy'), ('reference', 'reference'))}
-    return found | likeness
+    pairs: a list of `Pair`; reader: a `FaceReader`, or None for pixels alone. sheets: the pairs of one kind and target, a list of lists.
+    Raises InputError for no pairs.
+    """
+    def __init__(self, pairs, size, reader=None):
+        if not pairs: raise InputError('no pairs; mend: take some of truth_pairs()')
+        def sheet(pair): return pair.kind, pair.target
+        self.pairs, self.size, self.reader, self._anchors = list(pairs), size, reader, {}
+        self.sheets = [list(group) for _, group in groupby(sorted(pairs, key=sheet), key=sheet)]
+
+    def anchors(self, k, pictures):
+        """What does not depend on the model in sheet k: (columns {name: (N,)}, identities {'target', 'reference': (N, D)})."""
+        if k not in self._anchors: self._anchors[k] = _anchors(self.sheets[k], pictures, self.reader)
+        return self._anchors[k]
+
+# %% ../nbs/07b_truth.ipynb #new00001
+def _columns(who, images, pictures, reader, people):
+    "What pixels and the face network say about a candidate: {name: (N,)}; people: identities to compare with, by whose they are."
+    found = {f'{who}_{measure}_{region}': values for measure, error in MEASURES.items()
+             for region, values in zip(REGIONS, error(images, pictures.again, pictures.masks).T)} | {f'{who}_wins': wins(images, pictures.again)}
+    if reader is None: return found
+    own = reader.identity(images)
+    likeness = {f'{who}_like_{whose}': (own*theirs).sum(1) for whose, theirs in people.items()}
+    return found | {f'{who}_{name}': values for name, values in zip(reader.unit_names, reader.units(images).T)} | likeness
+
+def _anchors(pairs, pictures, reader):
+    "See `Exam.anchors`."
+    people = {whose: reader.identity(getattr(pictures, whose)) for whose in ('target', 'reference')} if reader else {}
+    known = dict(zip([f'known_{name}' for name in reader.unit_names], known_units(pairs, reader.unit_names).T)) if reader else {}
+    for who, images in zip(CANDIDATES[1:], [pictures.target, pictures.reference, pictures.answer]):
+        known |= _columns(who, images, pictures, reader, people)
+    return known, people
 
 # %% ../nbs/07b_truth.ipynb #00000025
-def _rows_of_target(model, pairs, reader):
-    "A row of each of some pairs that have the same target."
-    pictures = read_pictures(pairs, model.config.image_size)
-    candidates = dict(zip(CANDIDATES, [draw_answers(model, pictures), pictures.target, pictures.reference, pictures.answer]))
-    columns = {name: values for who, images in candidates.items() for name, values in _picture_columns(who, images, pictures).items()}
-    if reader: columns |= _reader_columns(candidates, reader) | {f'known_{name}': values for name, values in zip(reader.unit_names, known_units(pairs, reader.unit_names).T)}
+def _rows_of_sheet(model, exam, k):
+    "A row of each pair of sheet k."
+    pairs = exam.sheets[k]
+    pictures = read_pictures(pairs, exam.size)
+    drawn, (anchors, people) = draw_answers(model, pictures), exam.anchors(k, pictures)
+    columns = _columns('model', drawn, pictures, exam.reader, people) | anchors
     numbers = zip(*[values.tolist() for values in columns.values()])
     return [dict(kind=pair.kind, person=pair.person, target=pair.target.stem, reference=pair.reference.stem, emotion=pair.emotion) | dict(zip(columns, row))
             for pair, row in zip(pairs, numbers)]
@@ -179,16 +204,16 @@ def _rows_of_target(model, pairs, reader):
 def transfer_errors(model, pairs, reader=None):
     """A row of numbers for every pair, in the same order, as a list of dicts.
 
-    model: a `TwoCET`, or whatever has `config.image_size` and `transfer(targets, references)` of tensors; pairs: see `truth_pairs`;
-    reader: a `FaceReader`, or None for pixels alone. Columns: kind, person (of the target), target, reference, emotion, and of each of the
-    `CANDIDATES` {who}_{l1,psnr,ssim}_{region}, {who}_wins, and with a reader {who}_unit_... beside known_unit_..., {who}_like_target and
-    {who}_like_reference (cosines of identities). Raises InputError as `read_pictures` and `draw_answers` do.
+    model: a `TwoCET`, or whatever has `config.image_size` and `transfer(targets, references)` of tensors; pairs: see `truth_pairs`, or
+    an `Exam`, with a reader of its own; reader: a `FaceReader`, or None for pixels alone. Columns: kind, person (of the target), target,
+    reference, emotion, and of each of the `CANDIDATES` {who}_{l1,psnr,ssim}_{region}, {who}_wins, and with a reader {who}_unit_... beside
+    known_unit_..., {who}_like_target and {who}_like_reference (cosines of identities). Raises InputError for an exam of another size, and as
+    `read_pictures` and `draw_answers` do.
     """
-    if not pairs: raise InputError('no pairs; mend: take some of truth_pairs()')
-    def sheet(pair): return pair.kind, pair.target
-    groups = (list(group) for _, group in groupby(sorted(pairs, key=sheet), key=sheet))
-    rows = {pair: row for group in groups for pair, row in zip(group, _rows_of_target(model, group, reader))}
-    return [rows[pair] for pair in pairs]
+    size, exam = model.config.image_size, pairs if isinstance(pairs, Exam) else Exam(pairs, model.config.image_size, reader)
+    if exam.size != size: raise InputError(f'an exam at {exam.size} px for a model of {size} px; mend: Exam(pairs, {size}, reader)')
+    rows = {pair: row for k, sheet in enumerate(exam.sheets) for pair, row in zip(sheet, _rows_of_sheet(model, exam, k))}
+    return [rows[pair] for pair in exam.pairs]
 
 # %% ../nbs/07b_truth.ipynb #00000028
 def jackknife(statistic, rows):
@@ -237,13 +262,17 @@ def _summary(rows, names):
 def judge_truth(model, pairs=None, reader=None):
     """Numbers about a model, each beside its anchors, from exact truth, as a nested dict: kind ('cross', 'self'), number, candidate, value and se.
 
-    model: see `transfer_errors`; pairs: by default those of the bundled exam that fits the model's size; reader: by default the shipped
-    `FaceReader`. Numbers: l1, psnr, ssim by region, wins, like_target, like_reference, units (R2 by name, and 'mean'). Beside the
+    model: see `transfer_errors`; pairs: by default those of the bundled exam that fits the model's size; an `Exam` spares the next model
+    the anchors; reader: by default that of the `Exam`, or the shipped `FaceReader`. Numbers: l1, psnr, ssim by region, wins, like_target, like_reference, units (R2 by name, and 'mean'). Beside the
     `CANDIDATES` errors have `remaining`. se: the standard error, counted by people (see `jackknife`). Raises InputError as `transfer_errors` does.
     """
-    size, reader = model.config.image_size, reader or FaceReader.pretrained()
-    pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}') if pairs is None else pairs
-    rows, protocol = transfer_errors(model, pairs, reader), f'exact truth, {size} px, read by {reader.protocol}'
+    size, exam = model.config.image_size, pairs
+    if not isinstance(exam, Exam):
+        pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}') if pairs is None else pairs
+        exam = Exam(pairs, size, reader or FaceReader.pretrained())
+    if exam.reader is None: raise InputError(f'an exam without a reader; mend: Exam(pairs, {size}, FaceReader.pretrained())')
+    rows, reader = transfer_errors(model, exam), exam.reader
+    protocol = f'exact truth, {size} px, read by {reader.protocol}'
     return {'protocol': protocol, **{kind: _summary(some, reader.unit_names) for kind in KINDS if (some := [row for row in rows if row['kind'] == kind])}}
 
 # %% ../nbs/07b_truth.ipynb #0000002f
