@@ -325,8 +325,6 @@ def test_nothing_but_pixels_goes_into_a_picture(tmp_path):
 # Whole or not at all
 
 KILLING = '''
-import itertools, os, random, signal, sys, time
-from pathlib import Path
 from twocet_nb.data import check_dataset, prepare_folder
 
 root = Path(sys.argv[1])
@@ -335,27 +333,8 @@ out = root/'out'
 def prepare():
     prepare_folder(root/'album', out, r'^([^/]+)/', 'calm', crop='centre', size=32, quiet=True)
 
-def die_at_call(n):
-    calls = itertools.count(1)
-    def deadly(call):
-        def wrapped(*args, **options):
-            if next(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-        return wrapped
-    for name in ('replace', 'unlink', 'rmdir', 'mkdir'): setattr(os, name, deadly(getattr(os, name)))
-
-def trial(child, kill_after=None):
-    "Run `child` in a fork; returns whether it was killed, after a look at what it left."
-    pid = os.fork()
-    if not pid:
-        try: child()
-        finally: os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+def look():
     assert not out.exists() or len(list(out.rglob('*.png'))) == 12 and (out/'prepared.json').exists() and check_dataset(out).ok
-    return killed
 
 litter, calls = 0, 0
 def dying():
@@ -364,24 +343,21 @@ def dying():
 while True:
     calls += 1
     if out.exists(): out.rename(root/f'whole-{calls}')
-    if not trial(dying): break
+    if not trial(dying, look): break
     litter += (root/'.out.preparing').exists()
 luck = random.Random(5)
 for i in range(8):
     if out.exists(): out.rename(root/f'random-{i}')
-    trial(prepare, luck.uniform(0, .05))
+    trial(prepare, look, luck.uniform(0, .05))
 if not out.exists(): prepare()
 assert not list(root.glob('.*')), 'the next call sweeps'
 print(calls, litter)
 '''
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
-def test_a_killed_process_never_leaves_half_a_dataset(tmp_path):
+def test_a_killed_process_never_leaves_half_a_dataset(forked, tmp_path):
     album(tmp_path/'album')
-    done = subprocess.run([sys.executable, '-c', KILLING, tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    calls, litter = map(int, done.stdout.split())
+    calls, litter = forked(KILLING, tmp_path)
     assert calls > 15 and litter > 5, 'killed at every call that changes a name'
 
 
