@@ -68,10 +68,7 @@ Codes.intensity = property(lambda codes: np.linalg.norm(codes.units, axis=1), do
 # %% ../nbs/08_codespace.ipynb #0000000b
 def _read_table(path, key):
     "{value of column `key`: row} of a CSV file; {} if there is no such file."
-    if not path.exists(): return {}
-    rows = read_csv(path)
-    if rows and key not in rows[0]: raise InputError(f'{path}: has no column {key!r}; mend: add it, or move the file away')
-    return {row[key]: row for row in rows}
+    return {row[key]: row for row in read_csv(path, [key])} if path.exists() else {}
 
 def _column(texts):
     "Texts as float64 if all of them are numbers or empty (NaN), else as text."
