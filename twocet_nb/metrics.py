@@ -327,7 +327,7 @@ def score(real, fake, protocol, name='Frechet distance', distance=frechet_distan
     return Score(name, float(distance(real, fake)), protocol, len(real), len(fake), float(lowest), interval, warning,
                  lowest.n, float(np.mean(at_n)), level)
 
-# %% ../nbs/07c_evaluate.ipynb #00000002
+# %% ../nbs/07d_evaluate.ipynb #00000002
 import hashlib, math
 from functools import partial
 from typing import NamedTuple
@@ -344,7 +344,7 @@ from .runs import _checkpoints
 from .transfer import TwoCET, averaged_model, judge, l1
 from .truth import Exam, judge_truth, truth_pairs
 
-# %% ../nbs/07c_evaluate.ipynb #00000006
+# %% ../nbs/07d_evaluate.ipynb #00000006
 class FakeSet(NamedTuple):
     """Fakes to be drawn: apply(faces[target], code) for every row.
 
@@ -358,7 +358,7 @@ class FakeSet(NamedTuple):
 
     def people(self, faces): return [faces[self.face_type].identities[i] for i in self.targets]
 
-# %% ../nbs/07c_evaluate.ipynb #00000008
+# %% ../nbs/07d_evaluate.ipynb #00000008
 def draw_references(classes, targets, per_class=3, seed=0):
     """Rows (target, reference) for every target and class: (T * C * per_class, 2).
 
@@ -368,7 +368,7 @@ def draw_references(classes, targets, per_class=3, seed=0):
     members = [np.flatnonzero(classes == cls) for cls in np.unique(classes)]
     return torch.tensor([(t, r) for t in range(targets) for rows in members for r in rng.choice(rows, per_class, replace=len(rows) < per_class)])
 
-# %% ../nbs/07c_evaluate.ipynb #0000000a
+# %% ../nbs/07d_evaluate.ipynb #0000000a
 def face_chunks(folder, rows=None, size=64):
     "The faces of a folder, or some rows of it, a few at a time, as (n, 3, S, S) tensors in [-1, 1]."
     for part in torch.arange(len(folder)).split(size) if rows is None else rows.split(size):
@@ -378,7 +378,7 @@ def codes_of(model, folder):
     "The codes of all faces of a folder, (N, code_dim)."
     return torch.cat([model.encode(chunk) for chunk in face_chunks(folder)])
 
-# %% ../nbs/07c_evaluate.ipynb #new00001
+# %% ../nbs/07d_evaluate.ipynb #new00001
 def fake_sets(model, faces, per_class=3, seed=0, known=None):
     """The authors' evaluation sets as {'N': FakeSet, 'E_z': FakeSet, 'E_r': FakeSet}.
 
@@ -393,13 +393,13 @@ def fake_sets(model, faces, per_class=3, seed=0, known=None):
                 E_z=FakeSet(0, torch.arange(len(emotional)) % len(neutral), random),
                 E_r=FakeSet(0, pairs[:, 0], known[pairs[:, 1]], torch.tensor(emotional.classes)[pairs[:, 1]]))
 
-# %% ../nbs/07c_evaluate.ipynb #0000000c
+# %% ../nbs/07d_evaluate.ipynb #0000000c
 def draw_fakes(model, faces, fakes, size=64):
     """The pictures of a `FakeSet`, `size` at a time: (n, 3, S, S) tensors on the CPU, rounded to the 256 steps of a saved picture."""
     for chunk, codes in zip(face_chunks(faces[fakes.face_type], fakes.targets, size), fakes.codes.split(size)):
         yield ((model.apply(chunk, codes) + 1) * 127.5).round() / 127.5 - 1
 
-# %% ../nbs/07c_evaluate.ipynb #0000000f
+# %% ../nbs/07d_evaluate.ipynb #0000000f
 class Measured(NamedTuple):
     "What an extractor says about N pictures: features (N, d) and class probabilities (N, C), float32 arrays."
     features: np.ndarray
@@ -415,7 +415,7 @@ def fingerprint(extractor):
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return hashlib.sha256(extractor.protocol.encode() + extractor(noise).numpy().tobytes()).hexdigest()[:12]
 
-# %% ../nbs/07c_evaluate.ipynb #00000011
+# %% ../nbs/07d_evaluate.ipynb #00000011
 def faces_hash(data, split):
     "The hash of the faces called `data`: a bundled pack's own, else of one split of a folder."
     return card(data)['sha256'] if data in packs() else data_hash(data, [split])
@@ -436,7 +436,7 @@ def real_features(extractor, data, size, split, face_type):
     write_atomically(path, content.getvalue())
     return measured
 
-# %% ../nbs/07c_evaluate.ipynb #00000014
+# %% ../nbs/07d_evaluate.ipynb #00000014
 def protocol_score(extractor, probabilities):
     """The inception-like score as the extractor's protocol has it, and in words how: (value, words).
 
@@ -460,7 +460,7 @@ def distances(extractor, name, real, fake, people_real, people_fake, resamples=1
     return dict(frechet=frechet.to_dict(), kernel=kernel.to_dict(),
                 score=dict(name=extractor.score, protocol=f'{extractor.protocol}, {scores[0][1]}', fake=scores[0][0], real=scores[1][0]))
 
-# %% ../nbs/07c_evaluate.ipynb #0000001a
+# %% ../nbs/07d_evaluate.ipynb #0000001a
 def by_class(real, fake, classes_real, classes_fake):
     """The Fréchet distance of each class, {class: {'value', 'n_real', 'n_fake'}}, and their mean under 'mean'. Classes with one face are left out."""
     classes_real, classes_fake = np.asarray(classes_real), np.asarray(classes_fake)
@@ -470,7 +470,7 @@ def by_class(real, fake, classes_real, classes_fake):
         if min(len(a), len(b)) > 1: found[str(cls)] = dict(value=frechet_distance(a, b), n_real=len(a), n_fake=len(b))
     return found | dict(mean=float(np.mean([entry['value'] for entry in found.values()]))) if found else {}
 
-# %% ../nbs/07c_evaluate.ipynb #0000001d
+# %% ../nbs/07d_evaluate.ipynb #0000001d
 def mean_pair(pictures, difference):
     "The mean difference of all pairs among (N, 3, S, S) pictures."
     a, b = torch.combinations(torch.arange(len(pictures))).T
@@ -491,7 +491,7 @@ def diversity(model, faces, difference, each=10, most=40, seed=0, known=None):
         if len(own) > 1: found['real'].append(mean_pair(next(face_chunks(emotional, own)), difference))
     return {name: float(np.mean(values)) if values else None for name, values in found.items()}
 
-# %% ../nbs/07c_evaluate.ipynb #00000020
+# %% ../nbs/07d_evaluate.ipynb #00000020
 def exposed(moved, wins, chance, whose):
     """The three questions as a list of dicts question, value, anchor, verdict, cheating (bool).
 
@@ -508,7 +508,7 @@ def exposed(moved, wins, chance, whose):
                         "the reference's identity shows" if leaks else "the target's", leaks))
     return [dict(zip(('question', 'value', 'anchor', 'verdict', 'cheating'), answer)) for answer in answers]
 
-# %% ../nbs/07c_evaluate.ipynb #00000023
+# %% ../nbs/07d_evaluate.ipynb #00000023
 def exam_of(data, size):
     "The pairs of the exam that belongs to the faces called `data`, or None where there is none."
     name = str(data).replace('faces-', 'truth-')
@@ -526,7 +526,7 @@ def _questions(numbers, exam, moved):
     whose = [cross[like]['model']['value'] for like in ('like_target', 'like_reference')]
     return exposed(moved, cross['wins']['model']['value'], cross['wins']['model']['se'], (*whose, cross['like_reference']['copy']['value']))
 
-# %% ../nbs/07c_evaluate.ipynb #00000024
+# %% ../nbs/07d_evaluate.ipynb #00000024
 def _evaluate_split(model, data, split, extractor, difference, per_class, seed, resamples, quiet):
     "The part of `evaluate` about one split."
     size, found = model.config.image_size, {}
@@ -538,7 +538,7 @@ def _evaluate_split(model, data, split, extractor, difference, per_class, seed, 
         if fakes.classes is not None: found[name]['by_class'] = by_class(real[other], drawn, faces[other].classes, fakes.classes)
     return found | dict(diversity=diversity(model, faces, difference, seed=seed, known=known))
 
-# %% ../nbs/07c_evaluate.ipynb #00000025
+# %% ../nbs/07d_evaluate.ipynb #00000025
 def change_of(model, data, split, seed=0):
     "How much transferring changes a neutral face, over how much a real expression does: means of L1."
     neutral, emotional = find_data(data, model.config.image_size, split)
@@ -548,7 +548,7 @@ def change_of(model, data, split, seed=0):
     own, real = (torch.cat([*face_chunks(folder, some)]) for folder, some in ((neutral, places), (emotional, rows)))
     return (l1(model.apply(own, model.encode(real)), own).mean() / l1(real, own).mean()).item()
 
-# %% ../nbs/07c_evaluate.ipynb #00000027
+# %% ../nbs/07d_evaluate.ipynb #00000027
 def model_hash(model):
     "A sha256 of a model's weights; '' for a model without networks."
     networks, digest = [getattr(model, name, None) for name in ('generator', 'encoder')], hashlib.sha256()
@@ -557,7 +557,7 @@ def model_hash(model):
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/07c_evaluate.ipynb #0000002a
+# %% ../nbs/07d_evaluate.ipynb #0000002a
 PROTOCOLS = dict(standard=standard_inception, authors=authors_inception)
 
 def open_protocol(name, reader):
@@ -569,7 +569,7 @@ def open_protocol(name, reader):
     if isinstance(name, str) and name != 'faces': raise InputError(f'protocol {name!r}; mend: pick from faces, {", ".join(PROTOCOLS)}')
     return reader if name == 'faces' else name, partial(reader_difference, reader=reader), 'difference to the face reader (no LPIPS)'
 
-# %% ../nbs/07c_evaluate.ipynb #0000002c
+# %% ../nbs/07d_evaluate.ipynb #0000002c
 def evaluate(model, root, splits=('test',), protocol='faces', per_class=3, seed=0, resamples=100, quiet=True, exam=None):
     """All numbers about a model, each beside its anchors and with its protocol, as a nested dict ready for JSON: the same every time.
 
@@ -586,7 +586,7 @@ def evaluate(model, root, splits=('test',), protocol='faces', per_class=3, seed=
     return dict(about=about, questions=_questions(numbers, truth, change_of(model, data, splits[0], seed)), judgement=numbers, truth=truth,
                 sets={split: _evaluate_split(model, data, split, extractor, difference, per_class, seed, resamples, quiet) for split in splits})
 
-# %% ../nbs/07c_evaluate.ipynb #0000002f
+# %% ../nbs/07d_evaluate.ipynb #0000002f
 def set_line(name, found, score):
     "One set of fakes in one line: distance, floor, score."
     return (f'  {name:4}{score.value:9.2f}   floor {score.floor:8.2f} at {score.floor_n} each ({score.at_floor_n:.2f})'
@@ -602,7 +602,7 @@ def print_evaluation(report):
             else: print(set_line(name, found[name], Score(**found[name]['frechet'])))
         print('  diversity ' + ', '.join(f'{name} {value:.3f}' for name, value in found['diversity'].items() if value is not None))
 
-# %% ../nbs/07c_evaluate.ipynb #00000032
+# %% ../nbs/07d_evaluate.ipynb #00000032
 def headline_number(report):
     "The one number by which checkpoints are compared, lower is better: (its name, its value)."
     if report['truth']: return 'error of the transferred face, exact truth', report['truth']['cross']['l1']['face']['model']['value']
@@ -622,7 +622,7 @@ def evaluate_run(run_dir, root=None, quiet=True, **options):
     best = min(found, key=lambda name: found[name][1])
     return dict(best=best, best_by=found[best][0], values={name: value for name, (_, value) in found.items()}, checkpoints=reports)
 
-# %% ../nbs/07c_evaluate.ipynb #00000035
+# %% ../nbs/07d_evaluate.ipynb #00000035
 def score_run(run, protocol='faces', seed=0):
     """Numbers about the averaged networks of a `Trainer`, for its `evaluate`: those of `judge`, and the Fréchet distances N, E_z and E_r."""
     model, data = averaged_model(run), run.config.data
