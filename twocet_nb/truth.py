@@ -266,14 +266,12 @@ def judge_truth(model, pairs=None, reader=None):
     the anchors; reader: by default that of the `Exam`, or the shipped `FaceReader`. Numbers: l1, psnr, ssim by region, wins, like_target, like_reference, units (R2 by name, and 'mean'). Beside the
     `CANDIDATES` errors have `remaining`. se: the standard error, counted by people (see `jackknife`). Raises InputError as `transfer_errors` does.
     """
-    size, exam = model.config.image_size, pairs
-    if not isinstance(exam, Exam):
-        pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}') if pairs is None else pairs
-        exam = Exam(pairs, size, reader or FaceReader.pretrained())
+    size = model.config.image_size
+    if pairs is None: pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}')
+    exam = pairs if isinstance(pairs, Exam) else Exam(pairs, size, reader or FaceReader.pretrained())
     if exam.reader is None: raise InputError(f'an exam without a reader; mend: Exam(pairs, {size}, FaceReader.pretrained())')
-    rows, reader = transfer_errors(model, exam), exam.reader
-    protocol = f'exact truth, {size} px, read by {reader.protocol}'
-    return {'protocol': protocol, **{kind: _summary(some, reader.unit_names) for kind in KINDS if (some := [row for row in rows if row['kind'] == kind])}}
+    rows, protocol = transfer_errors(model, exam), f'exact truth, {size} px, read by {exam.reader.protocol}'
+    return {'protocol': protocol, **{kind: _summary(some, exam.reader.unit_names) for kind in KINDS if (some := [row for row in rows if row['kind'] == kind])}}
 
 # %% ../nbs/07c_truth.ipynb #0000002f
 NAMES = {'wins': 'nearest to its own answer', 'like_target': 'likeness to the target', 'like_reference': 'likeness to the reference'}
