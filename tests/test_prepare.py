@@ -18,7 +18,7 @@ from PIL import Image
 
 from twocet_nb import data
 from twocet_nb.data import (CFD_CLASSES, CFEE_TEST, RAFD_CLASSES, RAFD_GAZES, InputError, bundled, cfd_name, cfee_name, check_dataset, find_face,
-                            prepare_cfd, prepare_cfee, prepare_folder, prepare_rafd, rafd_name, read_face)
+                            prepare_cfd, prepare_cfee, prepare_folder, prepare_rafd, rafd_name, read_csv, read_face)
 from twocet_nb.networks import NetworkConfig, build_networks, load_networks, read_card
 from twocet_nb.trainer import Trainer, preset
 from twocet_nb.transfer import TwoCET
@@ -404,6 +404,19 @@ def test_boxes_replace_the_detector(cfee, tmp_path, monkeypatch):
     record = json.loads((tmp_path/'out/prepared.json').read_text())
     assert record['boxes'] == 'boxes.csv' and {tuple(row['face_box'])[1:] for row in record['pictures']} == {(120, 200, 220)}
     assert {row['square'][2] for row in record['pictures']} == {round(1.9*220, 2)}
+
+
+def test_a_table_is_read_whole_or_not_at_all(tmp_path):
+    table = tmp_path/'a.csv'
+    table.write_bytes('\ufeffname,note\r\nZoë,"two\r\nlines"\r\n\r\nann,\r\n'.encode())
+    assert read_csv(table, ['name']) == [dict(name='Zoë', note='two\r\nlines'), dict(name='ann', note='')]
+    for text, words in ((b'name,note\nann', 'line 2'), (b'name\nann,bob', 'line 2'), (b'name\n"ann', 'a.csv: cannot be read'), (b'\xff', 'a.csv: cannot'),
+                        (b'', 'no column name')):
+        table.write_bytes(text)
+        with pytest.raises(InputError, match=f'{words}.*mend'):
+            read_csv(table, ['name'])
+    with pytest.raises(InputError, match='b.csv: no such table.*mend'):
+        read_csv(tmp_path/'b.csv')
 
 
 @pytest.mark.parametrize('text, words', [('', 'no column'), ('file,x,y,w,h\n', 'no column'), ('file,x,y,width,height\na,1,2,3\n', 'line 2'),
