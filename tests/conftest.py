@@ -108,3 +108,46 @@ def twocet(here, capsys):
             code = stop.code
         return code, *capsys.readouterr()
     return run
+
+
+# The beginning of programs about killed processes: torch is imported once, and a child is forked per trial. It dies by itself, just before
+# the n-th system call that changes or syncs a name, or it is killed from outside, after a while.
+FORKING = '''
+import itertools, os, random, signal, sys, time
+from pathlib import Path
+
+def die_at_call(n):
+    calls = itertools.count(1)
+    def deadly(call):
+        def wrapped(*args, **options):
+            if next(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+        return wrapped
+    for name in ('replace', 'fsync', 'unlink', 'rmdir', 'mkdir'): setattr(os, name, deadly(getattr(os, name)))
+
+def trial(child, look, kill_after=None):
+    "Run `child` in a fork, then `look` at what it left; returns whether it was killed."
+    pid = os.fork()
+    if not pid:
+        try: child()
+        finally: os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    look()
+    return killed
+'''
+
+
+@pytest.fixture
+def forked():
+    """The numbers that a program printed which begins with `FORKING`: calls, litter = forked(program, folder)."""
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs fork and SIGKILL')
+
+    def run(program, *args):
+        done = subprocess.run([sys.executable, '-c', FORKING + program, *args], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return map(int, done.stdout.split())
+    return run

@@ -1,4 +1,4 @@
-"""What the notebooks 07c and 07d cannot test: `twocet evaluate`, whole evaluations of models that cheat, and the cache of features."""
+"""What the notebooks 07d and 07e cannot test: `twocet evaluate`, whole evaluations of models that cheat, and the cache of features."""
 import json
 import shutil
 from types import SimpleNamespace

@@ -18,7 +18,7 @@ from PIL import Image
 
 from twocet_nb import data
 from twocet_nb.data import (CFD_CLASSES, CFEE_TEST, RAFD_CLASSES, RAFD_GAZES, InputError, bundled, cfd_name, cfee_name, check_dataset, find_face,
-                            prepare_cfd, prepare_cfee, prepare_folder, prepare_rafd, rafd_name, read_face)
+                            prepare_cfd, prepare_cfee, prepare_folder, prepare_rafd, rafd_name, read_csv, read_face)
 from twocet_nb.networks import NetworkConfig, build_networks, load_networks, read_card
 from twocet_nb.trainer import Trainer, preset
 from twocet_nb.transfer import TwoCET
@@ -325,8 +325,6 @@ def test_nothing_but_pixels_goes_into_a_picture(tmp_path):
 # Whole or not at all
 
 KILLING = '''
-import itertools, os, random, signal, sys, time
-from pathlib import Path
 from twocet_nb.data import check_dataset, prepare_folder
 
 root = Path(sys.argv[1])
@@ -335,27 +333,8 @@ out = root/'out'
 def prepare():
     prepare_folder(root/'album', out, r'^([^/]+)/', 'calm', crop='centre', size=32, quiet=True)
 
-def die_at_call(n):
-    calls = itertools.count(1)
-    def deadly(call):
-        def wrapped(*args, **options):
-            if next(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-        return wrapped
-    for name in ('replace', 'unlink', 'rmdir', 'mkdir'): setattr(os, name, deadly(getattr(os, name)))
-
-def trial(child, kill_after=None):
-    "Run `child` in a fork; returns whether it was killed, after a look at what it left."
-    pid = os.fork()
-    if not pid:
-        try: child()
-        finally: os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+def look():
     assert not out.exists() or len(list(out.rglob('*.png'))) == 12 and (out/'prepared.json').exists() and check_dataset(out).ok
-    return killed
 
 litter, calls = 0, 0
 def dying():
@@ -364,24 +343,21 @@ def dying():
 while True:
     calls += 1
     if out.exists(): out.rename(root/f'whole-{calls}')
-    if not trial(dying): break
+    if not trial(dying, look): break
     litter += (root/'.out.preparing').exists()
 luck = random.Random(5)
 for i in range(8):
     if out.exists(): out.rename(root/f'random-{i}')
-    trial(prepare, luck.uniform(0, .05))
+    trial(prepare, look, luck.uniform(0, .05))
 if not out.exists(): prepare()
 assert not list(root.glob('.*')), 'the next call sweeps'
 print(calls, litter)
 '''
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
-def test_a_killed_process_never_leaves_half_a_dataset(tmp_path):
+def test_a_killed_process_never_leaves_half_a_dataset(forked, tmp_path):
     album(tmp_path/'album')
-    done = subprocess.run([sys.executable, '-c', KILLING, tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    calls, litter = map(int, done.stdout.split())
+    calls, litter = forked(KILLING, tmp_path)
     assert calls > 15 and litter > 5, 'killed at every call that changes a name'
 
 
@@ -428,6 +404,19 @@ def test_boxes_replace_the_detector(cfee, tmp_path, monkeypatch):
     record = json.loads((tmp_path/'out/prepared.json').read_text())
     assert record['boxes'] == 'boxes.csv' and {tuple(row['face_box'])[1:] for row in record['pictures']} == {(120, 200, 220)}
     assert {row['square'][2] for row in record['pictures']} == {round(1.9*220, 2)}
+
+
+def test_a_table_is_read_whole_or_not_at_all(tmp_path):
+    table = tmp_path/'a.csv'
+    table.write_bytes('\ufeffname,note\r\nZoë,"two\r\nlines"\r\n\r\nann,\r\n'.encode())
+    assert read_csv(table, ['name']) == [dict(name='Zoë', note='two\r\nlines'), dict(name='ann', note='')]
+    for text, words in ((b'name,note\nann', 'line 2'), (b'name\nann,bob', 'line 2'), (b'name\n"ann', 'a.csv: cannot be read'), (b'\xff', 'a.csv: cannot'),
+                        (b'', 'no column name')):
+        table.write_bytes(text)
+        with pytest.raises(InputError, match=f'{words}.*mend'):
+            read_csv(table, ['name'])
+    with pytest.raises(InputError, match='b.csv: no such table.*mend'):
+        read_csv(tmp_path/'b.csv')
 
 
 @pytest.mark.parametrize('text, words', [('', 'no column'), ('file,x,y,w,h\n', 'no column'), ('file,x,y,width,height\na,1,2,3\n', 'line 2'),

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -45,11 +44,8 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-# One process imports torch once and forks a child per trial. A child saves and prunes until it is killed: in the first
-# trials by itself, just before the n-th system call that changes or syncs a name; later from outside, at a random moment.
+# A child saves and prunes until it is killed.
 KILLING = '''
-import itertools, os, random, signal, sys, time
-from pathlib import Path
 from twocet_nb.networks import NetworkConfig, build_networks
 from twocet_nb.runs import *
 from twocet_nb.runs import _checkpoints
@@ -64,29 +60,10 @@ def train(first, last=None):
         prune_checkpoints(run, 2)
         if step == last: return
 
-def die_at_call(n):
-    calls = itertools.count(1)
-    def deadly(call):
-        def wrapped(*args, **options):
-            if next(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-        return wrapped
-    for name in ('replace', 'fsync', 'unlink', 'rmdir', 'mkdir'): setattr(os, name, deadly(getattr(os, name)))
-
-def trial(child, kill_after=None):
-    "Run `child` in a fork; returns whether it was killed, after a look at what it left."
-    pid = os.fork()
-    if not pid:
-        try: child()
-        finally: os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+def look():
     for folder in _checkpoints(run/'checkpoints'):
         assert {path.name for path in folder.iterdir()} == parts, sorted(folder.iterdir())
         assert load_checkpoint(folder, networks)['step'] == int(folder.name[5:])
-    return killed
 
 train(1, 2)
 calls = 0
@@ -95,11 +72,11 @@ def one_save_dying_at():
     train(newest + 1, newest + 1)
 while True:
     calls, newest = calls + 1, int(latest_checkpoint(run).name[5:])
-    if not trial(one_save_dying_at): break
+    if not trial(one_save_dying_at, look): break
 litter, luck = 0, random.Random(0)
 for _ in range(10):
     newest = int(latest_checkpoint(run).name[5:])
-    assert trial(lambda: train(newest + 1), luck.uniform(0, .06))
+    assert trial(lambda: train(newest + 1), look, luck.uniform(0, .06))
     litter += any((run/'checkpoints').glob('.*'))
 train(newest + 10, newest + 10)
 assert not any((run/'checkpoints').glob('.*')), 'the next save sweeps'
@@ -107,11 +84,8 @@ print(calls, litter)
 '''
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
-def test_a_killed_process_never_leaves_half_a_checkpoint(tmp_path):
-    done = subprocess.run([sys.executable, '-c', KILLING, tmp_path/'run'], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    calls, litter = map(int, done.stdout.split())
+def test_a_killed_process_never_leaves_half_a_checkpoint(forked, tmp_path):
+    calls, litter = forked(KILLING, tmp_path/'run')
     assert calls > 15, 'killed at every call of a save and a prune'
     assert litter, 'some of the random moments were in the middle'
 

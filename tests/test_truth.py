@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from twocet_nb import truth
 from twocet_nb.data import InputError, bundled, card
 from twocet_nb.features import FaceReader
 from twocet_nb.transfer import TwoCET, l1
-from twocet_nb.truth import (CANDIDATES, KINDS, REGIONS, comparison, error_map, jackknife, judge_truth, known_units, masked_l1, masked_psnr,
+from twocet_nb.truth import (CANDIDATES, KINDS, REGIONS, Exam, comparison, error_map, jackknife, judge_truth, known_units, masked_l1, masked_psnr,
                              masked_ssim, mean_by_person, print_truth, read_pictures, remaining, ssim_map, transfer_errors, truth_pairs, unit_r2, varying_units, wins)
 
 
@@ -218,6 +219,27 @@ def test_twice_the_same_json(pairs, reader, capsys):
     print_truth(first)
     assert all(f'{kind}: {first[kind]["pairs"]} pairs, 2 people' in capsys.readouterr().out or kind == 'self' for kind in KINDS)
     assert len(comparison(model, some[:2])) == 2
+
+
+def test_an_exam_marks_its_anchors_once_for_all_models(exam, sheet, reader, monkeypatch):
+    shared, sheets, mark = Exam(exam, 64, reader), [], truth._anchors
+    for answers in (sheet.target, sheet.answer):
+        model = crib(sheet, answers)
+        alone = judge_truth(model, exam, reader)
+        with monkeypatch.context() as patch:
+            patch.setattr(truth, '_anchors', lambda pairs, *rest: (sheets.append(pairs), mark(pairs, *rest))[1])
+            assert json.dumps(judge_truth(model, shared)) == json.dumps(alone)
+    assert sheets == shared.sheets and len(sheets) == len({pair.target for pair in exam})
+
+
+def test_exams_that_do_not_fit(exam, sheet):
+    model = crib(sheet, sheet.target)
+    with pytest.raises(InputError, match='128 px for a model of 64.*mend'):
+        transfer_errors(model, Exam(exam, 128))
+    with pytest.raises(InputError, match='without a reader.*mend'):
+        judge_truth(model, Exam(exam, 64))
+    with pytest.raises(InputError, match='no pairs.*mend'):
+        Exam([], 64)
 
 
 def test_the_order_of_the_questions_does_not_matter(exam, sheet):

@@ -6,7 +6,7 @@
 __all__ = ['OKABE_ITO', 'Codes', 'unit_names', 'embed', 'tsne', 'palette', 'draw_map', 'class_means', 'ClassDistances', 'class_distances', 'Finding', 'silhouette', 'without_identity', 'cluster_labels', 'fog', 'cluster_silhouette', 'PENALTIES', 'PERSON', 'CAMERA', 'shuffle_labels', 'probe', 'unit_probe', 'untrained', 'Pixels', 'draw_findings', 'leakage', 'variance_shares', 'stolen', 'gromov_wasserstein', 'distance_ratio', 'merge_sides', 'DCI', 'dci', 'Continuity', 'continuity']
 
 # %% ../nbs/08_codespace.ipynb #00000003
-import csv, math
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.cluster import KMeans
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples, silhouette_score
 
-from .data import FACE_FOLDERS, SPLITS, FaceFolder, InputError, to_tensor
+from .data import FACE_FOLDERS, SPLITS, FaceFolder, InputError, read_csv, to_tensor
 from .config import data_root
 from .transfer import in_chunks
 
@@ -68,10 +68,7 @@ Codes.intensity = property(lambda codes: np.linalg.norm(codes.units, axis=1), do
 # %% ../nbs/08_codespace.ipynb #0000000b
 def _read_table(path, key):
     "{value of column `key`: row} of a CSV file; {} if there is no such file."
-    if not path.exists(): return {}
-    with open(path, newline='', encoding='utf-8-sig') as file: rows = list(csv.DictReader(file))
-    if rows and key not in rows[0]: raise InputError(f'{path}: has no column {key!r}; mend: add it, or move the file away')
-    return {row[key]: row for row in rows}
+    return {row[key]: row for row in read_csv(path, [key])} if path.exists() else {}
 
 def _column(texts):
     "Texts as float64 if all of them are numbers or empty (NaN), else as text."

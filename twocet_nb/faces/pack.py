@@ -23,7 +23,7 @@ from .. import __version__
 from ..data import InputError, _asset, face_name, image_grid, read_face
 from .expression import Expression
 from .identity import balance
-from .plan import PROTOCOLS, Shot, by_person, csv_text, encode, plan, read_csv, read_plan, read_row, tables
+from .plan import PROTOCOLS, Shot, by_person, csv_text, encode, plan, read_plan, read_row, tables
 from .rendering import _mitsuba, masks
 from ..networks import write_atomically
 from ..runs import finish_on_interrupt

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONTAL', 'PROTOCOLS', 'POSE', 'Protocol', 'Shot', 'encode', 'held_out', 'plan', 'csv_text', 'by_person', 'tables',
-           'read_csv', 'read_plan', 'read_row']
+           'read_plan', 'read_row']
 
 # %% ../../nbs/faces/06a_plan.ipynb #00000003
 import csv, io, json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import FACE_FOLDERS, InputError, face_name
+from ..data import FACE_FOLDERS, InputError, face_name, read_csv
 from .expression import EMOTIONS, RAFD_EMOTIONS, Expression, Manner
 from .identity import Identity, population
 from .rendering import Camera, render
@@ -189,16 +189,13 @@ def _read_shot(row, people):
     return Shot(row['file'], people[row['identity']], expression, camera, *[int(row[name]) for name in ('render_seed', 'size', 'samples', 'quality')])
 
 # %% ../../nbs/faces/06a_plan.ipynb #00000030
-def read_csv(path):
-    """The rows of a CSV file, a list of {column: text}."""
-    with open(path, encoding='utf-8', newline='') as file: return list(csv.DictReader(file))
-
 @lru_cache(maxsize=4)
 def _read_plan(root, changed):
     "See `read_plan`; `changed` is the time of images.csv, so that a new one is read anew."
+    people, images = read_csv(root/'identities.csv'), read_csv(root/'images.csv')
     try:
-        people = {row['identity']: _read_identity(row) for row in read_csv(root/'identities.csv')}
-        return [_read_shot(row, people) for row in read_csv(root/'images.csv')]
+        known = {row['identity']: _read_identity(row) for row in people}
+        return [_read_shot(row, known) for row in images]
     except (LookupError, ValueError, TypeError) as error:
         raise InputError(f'{root}: not the tables of this version ({error!r}); mend: use a pack that `twocet faces make` of this version made') from error
 
