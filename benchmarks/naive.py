@@ -29,7 +29,7 @@ class Naive:
             real = (x_n, x_e)[face_type].clone().requires_grad_()
             logits = self.D(real, face_type)
             loss += weights[('adv_n', 'adv_e')[face_type]] * (adversarial_loss(logits, True) + adversarial_loss(self.D(fake, face_type), False))
-            loss += self.config.losses.r1 * r1_penalty(logits, real)
+            loss += weights[('adv_n', 'adv_e')[face_type]] * self.config.losses.r1 * r1_penalty(logits, real)
         return loss
 
     def g_loss(self, x_n, x_e, code, code_2, weights, both):

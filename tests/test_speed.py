@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_of_the_plain_step(tmp_path, plain, speed
     weights = ALL_ON.weights(0)
     for k, (d_loss, g_loss) in enumerate(losses):
         part = lambda name: terms[name][k].item() if k < len(terms[name]) else 0.
-        d = sum(weights[f'adv_{t}'] * part(f'd_{t}') + ALL_ON.r1 * part(f'r1_{t}') for t in 'en')
+        d = sum(weights[f'adv_{t}'] * (part(f'd_{t}') + ALL_ON.r1 * part(f'r1_{t}')) for t in 'en')
         g = sum((-1 if name == 'ds' else 1) * weights[name] * part(name) for name in ('adv_e', 'cyc_n', 'code', 'ds', 'adv_n', 'cyc_e'))
         assert (d, g) == pytest.approx((d_loss, g_loss), rel=1e-5), f'sub-step {k}'
     assert len(found) == len(wanted) == 9    # three optimisers, three sub-steps

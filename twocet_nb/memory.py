@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch.func import functional_call
 
-from .config import data_root
+from .config import data_root, only
 from .data import InputError, list_faces
 from .guard import _size
 from .losses import r1_penalty
@@ -119,7 +119,8 @@ def memory_needed(networks, config):
     networks: generator, encoder and discriminator, on any device ('meta' will do); config: `TrainConfig`.
     """
     graphs, (G, E, D) = graph_bytes(networks, config), (_weight_bytes(networks[name]) for name in ('generator', 'encoder', 'discriminator'))
-    peak = max(max(_phases(graphs, config.losses.weights(step), config.losses.r1)) for step in _moments(config))
+    sub_steps = [only(config.losses.weights(step), cycles) for step in _moments(config) for cycles in config.cycles.split()]
+    peak = max(max(_phases(graphs, weights, config.losses.r1)) for weights in sub_steps)
     return Memory(config.batch_size, weights=G + E + D, gradients=G + E + D, adam=2 * (G + E + D), averages=G + E, activations=peak,
                   data=_resident_bytes(config))
 

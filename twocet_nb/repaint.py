@@ -24,7 +24,9 @@ def move(images, flow):
     if flow.shape != (len(images), 2, *images.shape[2:]):
         raise InputError(f'a flow of shape {tuple(flow.shape)} for images {tuple(images.shape)}; mend: two numbers a pixel')
     here = F.affine_grid(torch.eye(2, 3, device=images.device).expand(len(images), 2, 3), images.shape, align_corners=False)
-    return F.grid_sample(images.float(), here + 2 * REACH * flow.float().movedim(1, -1), padding_mode='border', align_corners=False)
+    there = here + 2 * REACH * flow.float().movedim(1, -1)
+    lost = 0 * flow.float().sum(1, keepdim=True)    # not a number where the flow is none; on the way back PyTorch would read such a place outside its memory
+    return F.grid_sample(images.float(), there.nan_to_num(), padding_mode='border', align_corners=False) + lost
 
 # %% ../nbs/02a_repaint.ipynb #00000010
 PARTS = 6  # channels: three of paint, one that says how much of it is seen, two of flow
