@@ -8,7 +8,7 @@ OUT     ?= runs/demo
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test bench docs prepare outputs judge ship reader faces clean
+.PHONY: help demo lab test bench docs prepare outputs judge ship reader study faces clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -53,6 +53,10 @@ ship: .venv/with-base  ## put the weights of a run into data/: make ship RUN=run
 
 reader: .venv/with-base  ## train the small face reader that measures offline, 20 minutes on one core, into data/
 	$(BIN)/python tools/reader.py
+
+study: .venv/with-base  ## try all hypotheses of the recipe anew, an hour on one core: nbs/studies/recipe.json
+	rm -f nbs/studies/recipe.json
+	$(BIN)/python tools/study.py
 
 faces: .venv/with-faces  ## render the bundled faces anew, an hour on two cores; stopped, it goes on: runs/faces, then data/
 	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --workers $(WORKERS) runs/faces/cfee

@@ -41,6 +41,16 @@ class RunOptions:
     memory_check: bool = True
     speed: Speed = Speed()
 
+# %% ../nbs/04b_config.ipynb #new00001
+def _check_cycles(config):
+    "Refuse sub-steps that do not exist, and losses or codes of pairs without pairs."
+    if not config.cycles.split() or set(config.cycles.split()) - {'a', 'b', 'ab'}:
+        raise InputError(f"cycles is {config.cycles!r}; mend: sub-steps such as 'ab ab a'")
+    if not (config.paired or config.losses.pair_e.is_off and config.losses.pair_n.is_off):
+        raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
+    if config.network.relative and not config.paired:
+        raise InputError('relative codes need the neutral face of every person; mend: paired=True, or a network with relative=False')
+
 # %% ../nbs/04b_config.ipynb #0000000a
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
@@ -54,8 +64,7 @@ def checked(config):
         value = getattr(config, field.name)
         if not isinstance(value, (int, float) if field.type is float else field.type):
             raise InputError(f'{field.name} is {value!r}; mend: it must be of the type {field.type.__name__}')
-    if not config.cycles.split() or set(config.cycles.split()) - {'a', 'b', 'ab'}:
-        raise InputError(f"cycles is {config.cycles!r}; mend: sub-steps such as 'ab ab a'")
+    _check_cycles(config)
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise InputError(f'{name} is {getattr(config, name)!r}; mend: choose one of {", ".join(choices)}')
@@ -63,8 +72,6 @@ def checked(config):
         if not lowest <= getattr(config, name) < _BELOW.get(name, math.inf):    # NaN is refused too
             below = f' and below {_BELOW[name]}' if name in _BELOW else ''
             raise InputError(f'{name} is {getattr(config, name)}; mend: it must be {lowest} or more{below}')
-    if not (config.paired or config.losses.pair_e.is_off and config.losses.pair_n.is_off):
-        raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     return config
 
 # %% ../nbs/04b_config.ipynb #0000000c
@@ -72,9 +79,10 @@ def checked(config):
 class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; network, losses: see `NetworkConfig`, `LossConfig`; steps: iterations; lr_*: learning rates of Adam, beta1 its momentum; ema_decay: of the averaged networks, once a step;
-    cycles: those whose losses each sub-step of an iteration has; codes: as in `sample_codes`; borrowed: the share of them that are instead codes of other faces of the batch; paired: batches
-    of `PairBatches`; disturb: how much the faces that E reads are `disturb`ed; seed: of weights, batches and codes; start_from: weights to begin with, as in `open_networks`.
+    data: a bundled name or a folder; network, losses: see `NetworkConfig`, `LossConfig`; steps: iterations, each with the sub-steps
+    of `cycles`; lr_*: learning rates of Adam, beta1 its momentum; ema_decay: of the averaged networks, once a step; codes: as in
+    `sample_codes`; borrowed: the share of them that are instead codes of other faces of the batch; paired: batches of `PairBatches`;
+    disturb: how much faces are `disturb`ed for E; seed: of weights, batches and codes; start_from: as in `open_networks`.
     """
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
@@ -97,7 +105,7 @@ class TrainConfig(RunOptions):
     __post_init__ = checked
 
 # %% ../nbs/04b_config.ipynb #new00002
-CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e', 'zero'))    # whose losses are whose
+CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e'))    # whose losses are whose
 
 def only(weights, cycles):
     "The loss weights by name, with zeros for the losses of cycles that are not asked for: 'ab' (all), 'a' or 'b'."
@@ -116,7 +124,7 @@ def unpaired_losses(steps=4_000):
                       ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))
 
 # %% ../nbs/04b_config.ipynb #new00005
-def course_losses(steps=4_000):
+def course_losses(steps=2_400):
     "For a short run on a CPU, with pairs: the right answers alone, in the last quarter also D and the way back of cycle (a)."
     act = max(1, steps * 3 // 4)
     late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 60), weight)))
@@ -135,7 +143,7 @@ def _unpaired(steps=4000, **changes):
                   sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
-def _course(steps=4000, **changes):
+def _course(steps=2400, **changes):
     "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=course_losses(steps), precision='bf16',
                   batch_size=16, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,

@@ -220,7 +220,6 @@ class _LossFields:
     identity: Schedule = _OFF
     pair_e: Schedule = _OFF
     pair_n: Schedule = _OFF
-    zero: Schedule = _OFF
     r1: float = 1.0
     r1_every: int = 1
     proportional_diversity: bool = True
@@ -275,7 +274,7 @@ class _LossRecord(_LossAnswers):
     @classmethod
     def from_dict(cls, values):
         "The configuration that `to_dict` wrote; InputError names what is unknown or missing."
-        values = dict.fromkeys(('pair_e', 'pair_n', 'zero'), _OFF.to_list()) | values    # runs of older versions have none
+        values = dict.fromkeys(('pair_e', 'pair_n'), _OFF.to_list()) | values    # runs of older versions have none
         odd = sorted({field.name for field in fields(cls)} ^ set(values))
         if odd:
             raise InputError(f"no loss configuration: {', '.join(odd)} unknown or missing; mend: use what to_dict() wrote")
@@ -286,9 +285,8 @@ class _LossRecord(_LossAnswers):
 class LossConfig(_LossRecord):
     r"""Which losses a run uses and how much each weighs at each step; the defaults are the paper's (section 4.2).
 
-    adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8): Schedules; so are four of ours, off in the paper's: identity
-    ($\|x - G(x, 0)\|_1$), zero ($\|E(x_n)\|_1$) and, for pairs of one person, pair_e ($\|x_e - G(x_n, E(x_e))\|_1$) and
-    pair_n ($\|x_n - G(x_e, 0)\|_1$).
+    adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8): Schedules; so are three of ours, off in the paper's: identity
+    ($\|x - G(x, 0)\|_1$) and, for pairs of one person, pair_e ($\|x_e - G(x_n, E(x_e))\|_1$) and pair_n ($\|x_n - G(x_e, 0)\|_1$).
     r1: weight of R1, >= 0. r1_every: R1 is computed at every n-th update of D (n >= 1) and then counts n times.
     proportional_diversity: use `diversity_factor`. Frozen, hashable; raises InputError for values of another kind.
     """

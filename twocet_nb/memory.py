@@ -58,13 +58,13 @@ def graph_bytes(networks, config):
                 judge=graph('discriminator', 0, learns=False), r1=graph('discriminator', 0, penalised=True))
 
 # %% ../nbs/04d_memory.ipynb #00000013
-def _phases(graphs, weights, r1):
+def _phases(graphs, weights, r1, relative=False):
     "Bytes kept when D learns, and when G and E learn, at these loss weights. graphs: of `graph_bytes`."
     on = {name: bool(weight) for name, weight in weights.items()}
     G, E, judges = graphs['generator'], graphs['encoder'], on['adv_e'] + on['adv_n']
     fakes = G * (any(on[name] for name in ('adv_e', 'cyc_n', 'code', 'ds')) + any(on[name] for name in ('adv_n', 'cyc_e', 'pair_n')))
     learning_d = judges * (graphs['discriminator'] + graphs['r1' if r1 else 'discriminator'])
-    learning_g = G * (2 * on['identity'] + on['cyc_n'] + on['cyc_e'] + on['pair_e']) + E * (on['code'] + (on['cyc_e'] or on['pair_e']) + on['zero']) + graphs['judge'] * judges
+    learning_g = G * (2 * on['identity'] + on['cyc_n'] + on['cyc_e'] + on['pair_e']) + E * (1 + relative) * (on['code'] + (on['cyc_e'] or on['pair_e'])) + graphs['judge'] * judges
     return fakes + learning_d, fakes + learning_g
 
 # %% ../nbs/04d_memory.ipynb #00000018
@@ -120,7 +120,7 @@ def memory_needed(networks, config):
     """
     graphs, (G, E, D) = graph_bytes(networks, config), (_weight_bytes(networks[name]) for name in ('generator', 'encoder', 'discriminator'))
     sub_steps = [only(config.losses.weights(step), cycles) for step in _moments(config) for cycles in config.cycles.split()]
-    peak = max(max(_phases(graphs, weights, config.losses.r1)) for weights in sub_steps)
+    peak = max(max(_phases(graphs, weights, config.losses.r1, config.network.relative)) for weights in sub_steps)
     return Memory(config.batch_size, weights=G + E + D, gradients=G + E + D, adam=2 * (G + E + D), averages=G + E, activations=peak,
                   data=_resident_bytes(config))
 

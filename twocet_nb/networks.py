@@ -49,15 +49,21 @@ class _Json:
         if unknown: raise InputError(f'{cls.__name__} has no field {", ".join(sorted(unknown))}; mend: update twocet_nb')
         return cls(**values)
 
+class _Sizes(_Json):
+    def widths(self, halvings):
+        "Channels before the first and after each of so many halvings: halvings + 1 numbers."
+        return [min(self.width * 2**i, self.max_width) for i in range(halvings + 1)]
+
 # %% ../nbs/03_networks.ipynb #00000008
 @dataclass(frozen=True)
-class NetworkConfig(_Json):
+class NetworkConfig(_Sizes):
     "The sizes of all three networks; the defaults are the paper's (section 4.2). Raises InputError for bad ones."
     image_size: int = 128    # height and width of a picture in pixels: a power of two, 16 or more
     width: int = 128         # channels at full size; doubled whenever the picture is halved ...
     max_width: int = 512     # ... up to this many
     code_dim: int = 32       # d, the length of an expression code
     he_init: bool = False    # first weights: PyTorch's defaults, as the authors (False), or He initialisation (True)
+    relative: bool = False   # the code of a face: E(x), as in the paper (False), or E(x) - E(G(x, 0)) (True)
     repaint: bool = False    # G draws the whole picture, as the authors' (False), or moves and paints the target's (True)
     __post_init__ = _check_config
 
@@ -68,14 +74,11 @@ class NetworkConfig(_Json):
     @classmethod
     def course(cls):
         "64 pixels and an eighth of the channels: trains on a laptop CPU."
-        return cls(64, 16, he_init=True, repaint=True)
+        return cls(64, 16, he_init=True, relative=True, repaint=True)
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
         return cls(16, 4, 16, 4, he_init=True, repaint=True)
-    def widths(self, halvings):
-        "Channels before the first and after each of so many halvings: halvings + 1 numbers."
-        return [min(self.width * 2**i, self.max_width) for i in range(halvings + 1)]
 
 # %% ../nbs/03_networks.ipynb #0000000e
 def _check_images(images, config):

@@ -19,6 +19,7 @@ from .config import data_root, find_data
 from .data import FACE_FOLDERS, InputError, image_grid, to_pil, to_tensor
 from .losses import sample_codes
 from .networks import count_parameters, load_official, pick_device, read_card, save_networks
+from .pairs import read_codes
 from .runs import SHIPPED, SyntheticImage, open_networks, weights_path
 from .trainer import AVERAGED
 
@@ -51,12 +52,12 @@ def prepare(model, images):
     return torch.stack([to_tensor(image, model.config.image_size) for image in images]).to(model.device)
 
 def encode(model, images):
-    """The expression codes E(x) of one image or many, see `as_list`: (N, code_dim) float32 on the CPU.
+    """The expression codes (see `read_codes`) of one image or many, see `as_list`: (N, code_dim) float32 on the CPU.
 
     Images of another size are cut to their central square and resized. Raises InputError for an unreadable one.
     """
     with torch.inference_mode():
-        codes = [model.encoder(prepare(model, chunk)).cpu() for chunk, in in_chunks(as_list(images)[0])]
+        codes = [read_codes(model.generator, model.encoder, prepare(model, chunk)).cpu() for chunk, in in_chunks(as_list(images)[0])]
     return torch.cat(codes)  # outside inference mode: an ordinary tensor, fit for any use
 
 # %% ../nbs/06_transfer.ipynb #00000011
