@@ -120,8 +120,8 @@ def test_every_change_is_one_line(name):
 
 
 def test_other_networks_are_refused_with_both_values():
-    with pytest.raises(InputError, match=r'network.image_size 128 -> 64; network.width 128 -> 16; network.he_init False -> True; network.repaint False -> True: .*mend'):
-        differences(TrainConfig(), TrainConfig(network=NetworkConfig.course()))
+    with pytest.raises(InputError, match=r'network.image_size 128 -> 64; network.width 128 -> 16; network.he_init False -> True: .*mend'):
+        differences(TrainConfig(), TrainConfig(network=NetworkConfig(64, 16, he_init=True)))
 
 
 def test_the_hash_sees_names_types_and_contents(tmp_path, few_faces):

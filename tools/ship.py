@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from twocet_nb import data, runs, transfer
-from twocet_nb.config import read_config
+from twocet_nb.config import PRESETS, read_config
 from twocet_nb.demo import commit
 from twocet_nb.networks import save_networks
 
@@ -18,6 +18,11 @@ def thin(records, most=200):
     return records[len(records) - 1::-stride][::-1]
 
 
+def preset_of(config):
+    "The name of the preset whose losses a run has, or a word that says that there is none."
+    return next((name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses), '(none: see the recipe)')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path, help='folder of a run')
@@ -28,8 +33,8 @@ def main():
     network, networks = runs.open_networks(folder, NAMES)
     step = int(folder.name.removeprefix('step-'))
     model = transfer.TwoCET.load(folder)
-    card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=3 * step, commit=commit(), note=args.note,
-                command=f'twocet train --data {config.data} --preset course --steps {config.steps} --seed {config.seed}',
+    card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=len(config.cycles.split()) * step, commit=commit(), note=args.note,
+                command=f'twocet train --data {config.data} --preset {preset_of(config)} --steps {config.steps} --seed {config.seed}',
                 data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),
                 recipe=json.loads((args.run/'config.json').read_text()), judgement=transfer.judge(model, data.bundled(config.data)))
     target = ROOT/'data'/runs.SHIPPED[args.name]

@@ -79,10 +79,8 @@ def checked(config):
 class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; network, losses: see `NetworkConfig`, `LossConfig`; steps: iterations, each with the sub-steps
-    of `cycles`; lr_*: learning rates of Adam, beta1 its momentum; ema_decay: of the averaged networks, once a step; codes: as in
-    `sample_codes`; borrowed: the share of them that are instead codes of other faces of the batch; paired: batches of `PairBatches`;
-    disturb: how much faces are `disturb`ed for E; seed: of weights, batches and codes; start_from: as in `open_networks`.
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; ema_decay: of the averages, once a step; codes: as in `sample_codes`;
+    borrowed: the share that are codes of other faces instead; paired: see `PairBatches`; disturb: see `disturb`; seed: of weights, batches and codes; start_from: as in `open_networks`.
     """
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()

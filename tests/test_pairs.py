@@ -1,0 +1,99 @@
+"""Pairs, relative codes and a generator that repaints, in whole runs."""
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from twocet_nb.config import preset
+from twocet_nb.data import FaceFolder, InputError, to_tensor
+from twocet_nb.networks import NetworkConfig
+from twocet_nb.pairs import PairBatches
+from twocet_nb.trainer import Trainer
+from twocet_nb.transfer import TwoCET, averaged_model
+
+NETWORK = NetworkConfig(16, 4, 16, 4, he_init=True, relative=True, repaint=True)
+
+
+def short(data, steps=6, **changes):
+    """The recipe of the shipped weights, small: D joins at step 4 of 6."""
+    return preset('course', steps=steps, **dict(data=str(data), network=NETWORK, batch_size=4, precision='fp32', ema_decay=.5,
+                                               log_every=1, sample_every=99, save_every=99) | changes)
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.networks.parameters()])
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, few_faces):
+    return Trainer(short(few_faces), tmp_path_factory.mktemp('pairs')/'run', quiet=True).fit()
+
+
+def test_a_run_uses_the_losses_of_its_step(whole):
+    early, late = whole.history.records[0], whole.history.records[-1]
+    assert {'pair_e', 'pair_n'} <= early.keys() and not {'d_e', 'd_n', 'cyc_n'} & early.keys()
+    assert {'pair_e', 'pair_n', 'd_e', 'd_n', 'adv_e', 'adv_n', 'cyc_n'} <= late.keys() and 'code' not in late
+
+
+def test_a_stopped_run_goes_on_to_the_last_bit(whole, tmp_path, few_faces):
+    Trainer(short(few_faces), tmp_path/'run', quiet=True).fit(3)
+    assert torch.equal(weights(Trainer.resume(tmp_path/'run', quiet=True).fit()), weights(whole))
+
+
+def test_every_network_learned(whole):
+    fresh = Trainer(short(whole.config.data), whole.run_dir.parent/'fresh', quiet=True)
+    for name in ('generator', 'encoder', 'discriminator'):
+        moved = [not torch.equal(p, q) for p, q in zip(whole.networks[name].parameters(), fresh.networks[name].parameters())]
+        assert all(moved) if name == 'encoder' else any(moved), name
+
+
+def test_pairs_are_the_same_from_files_and_from_memory(few_faces):
+    folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
+    resident, workers = (PairBatches(*folders, batch_size=4, memory=memory, quiet=True) for memory in ('resident', 'workers'))
+    for number in (0, 3):
+        assert all(torch.equal(a, b) for a, b in zip(resident[number], workers[number]))
+
+
+def test_shares_of_several_processes_make_the_whole_batch(few_faces):
+    folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
+    halves = [PairBatches(*folders, batch_size=4, rank=rank, world=2, quiet=True)[1] for rank in (0, 1)]
+    whole = PairBatches(*folders, batch_size=4, quiet=True)[1]
+    assert all(torch.allclose(torch.cat(parts), all_, atol=1e-6) for *parts, all_ in zip(*halves, whole))
+
+
+def test_somebody_without_a_neutral_face_is_named_before_training(tmp_path, few_faces):
+    root = shutil.copytree(few_faces, tmp_path/'faces')
+    lonely = sorted((root/'train'/'a_n').iterdir())[0]
+    person = lonely.name.split('_')[0]
+    lonely.unlink()
+    with pytest.raises(InputError, match=f'{person}: no neutral face.*mend'):
+        Trainer(short(root), tmp_path/'run', quiet=True)
+
+
+def test_a_relative_code_of_a_neutral_face_is_nearly_zero(whole, few_faces):
+    model = averaged_model(whole)
+    faces = FaceFolder(few_faces, 'train', 0, size=16)
+    neutral = torch.stack([faces[k] for k in range(4)]).float() / 127.5 - 1
+    with torch.no_grad():
+        absolute = model.encoder(neutral)
+    assert model.encode(neutral).abs().mean() < absolute.abs().mean() / 2
+
+
+def test_a_file_keeps_what_its_codes_are(whole, tmp_path, few_faces):
+    model = averaged_model(whole)
+    model.save(tmp_path/'model.safetensors')
+    loaded = TwoCET.load(tmp_path/'model.safetensors', 'cpu')
+    face = sorted((few_faces/'train'/'b_e').iterdir())[0]
+    assert loaded.config == NETWORK
+    torch.testing.assert_close(loaded.encode(face), model.encode(face))
+    assert (loaded.encode(face) - loaded.encoder(to_tensor(face, 16)[None])).abs().max() > .01
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(paired=False, network=replace(NETWORK, relative=False)), 'two pictures of one person.*mend'),
+    (dict(paired=False, losses=preset('unpaired').losses), 'relative codes need.*mend'),
+    (dict(cycles='a c'), 'mend: sub-steps such as')])
+def test_what_does_not_go_together_is_refused(few_faces, change, words):
+    with pytest.raises(InputError, match=words):
+        short(few_faces, **change)
