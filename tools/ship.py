@@ -1,12 +1,17 @@
 """Put the newest checkpoint of a run into data/ as shipped weights, with a card that says where they come from."""
 import argparse
 import json
+import math
 from pathlib import Path
+
+import torch
 
 from twocet_nb import data, runs, transfer
 from twocet_nb.config import PRESETS, read_config
 from twocet_nb.demo import commit
+from twocet_nb.codespace import embed
 from twocet_nb.networks import save_networks
+from twocet_nb.pairs import rescale_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ['generator', 'encoder', 'discriminator', 'generator_ema', 'encoder_ema']
@@ -23,6 +28,12 @@ def preset_of(config):
     return next((name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses), '(none: see the recipe)')
 
 
+def code_scale(model, config):
+    "What the codes of training faces are divided by, so that every number has the variance of a uniform random code."
+    values = embed(model, config.data, 'train', 1).values
+    return torch.from_numpy(values.std(0) * math.sqrt(12)).float()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path, help='folder of a run')
@@ -31,8 +42,10 @@ def main():
     args = parser.parse_args()
     config, folder = read_config(args.run), runs.latest_checkpoint(args.run)
     network, networks = runs.open_networks(folder, NAMES)
+    scale = code_scale(transfer.TwoCET.load(folder), config)
+    rescale_codes(networks, scale)
     step = int(folder.name.removeprefix('step-'))
-    model = transfer.TwoCET.load(folder)
+    model = transfer.TwoCET(network, networks['generator_ema'], networks['encoder_ema'])
     card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=len(config.cycles.split()) * step, commit=commit(), note=args.note,
                 command=f'twocet train --data {config.data} --preset {preset_of(config)} --steps {config.steps} --seed {config.seed}',
                 data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),

@@ -1,4 +1,4 @@
-"""Try the hypotheses of nbs/studies/recipe.ipynb, each from the same seed and for the same processor time; results go to nbs/studies/recipe.json.
+"""Try the hypotheses of nbs/studies/01_recipe.ipynb, each from the same seed and for the same processor time; results go to nbs/studies/recipe.json.
 
 A row that is there is not computed again, so a stopped study goes on. Several processes may share the rows: `--rows` says which are whose.
 """
