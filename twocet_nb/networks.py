@@ -78,7 +78,7 @@ class NetworkConfig(_Sizes):
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
-        return cls(16, 4, 16, 4, he_init=True, repaint=True)
+        return cls(16, 4, 16, 4, he_init=True)
 
 # %% ../nbs/03_networks.ipynb #0000000e
 def _check_images(images, config):

@@ -145,9 +145,9 @@ from .runs import History, load_checkpoint, open_networks, prune_checkpoints, sa
 from .speed import make_adam, speed_up
 
 # %% ../nbs/05a_run.ipynb #00000009
-def make_batches(config, device, rank=0, world=1):
-    "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each."
-    kind = PairBatches if config.paired else FaceBatches
+def make_batches(config, device, rank=0, world=1, quiet=True):
+    "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each; quiet: no progress bar."
+    kind = partial(PairBatches, quiet=quiet) if config.paired else FaceBatches
     return kind(*find_data(config.data, config.network.image_size, 'train'), config.batch_size, config.seed,
                 device, memory=config.memory, workers=config.workers, rank=rank, world=world)
 
@@ -265,7 +265,7 @@ class TrainingRun:
         if config.memory_check: check_memory(networks, config, self.device)
         self.networks = networks.to(self.device)
         self.optimizers = make_optimizers(self.networks, config)
-        self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes, self.quiet)
         if checkpoint is not None: self.restore(checkpoint)
         self.history, self.evaluations = (History(self.run_dir/f'{name}.jsonl', last_step=self.step) for name in ('history', 'evaluations'))
 
