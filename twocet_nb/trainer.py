@@ -358,7 +358,7 @@ from tqdm.auto import tqdm
 
 from .config import data_root, read_config, write_config
 from .data import card, packs, share_of, to_tensor
-from .guard import RunLock, data_changed, data_hash, differences, record_sitting
+from .guard import RunLock, _busy, data_changed, data_hash, differences, is_locked, record_sitting
 from .pairs import read_codes
 from .memory import Speedometer, explain_out_of_memory
 from .runs import LiveView, finish_on_interrupt, latest_checkpoint, mark_best, save_picture
@@ -439,6 +439,8 @@ class Trainer(ReportingRun):
 
         What a change means is printed. Raises InputError for one that the run cannot go on with."""
         before = read_config(run_dir)
+        if is_locked(run_dir) and os.environ.get('WORLD_SIZE', '1') == '1':    # its checkpoints come and go; of several processes, one holds the lock
+            raise InputError(_busy(Path(run_dir)))
         config = replace(before, **changes)
         changed = differences(before, config)
         run = cls(config, run_dir, latest_checkpoint(run_dir), quiet, evaluate)
