@@ -439,8 +439,7 @@ class Trainer(ReportingRun):
 
         What a change means is printed. Raises InputError for one that the run cannot go on with."""
         before = read_config(run_dir)
-        if is_locked(run_dir) and os.environ.get('WORLD_SIZE', '1') == '1':    # its checkpoints come and go; of several processes, one holds the lock
-            raise InputError(_busy(Path(run_dir)))
+        if is_locked(run_dir) and os.environ.get('WORLD_SIZE', '1') == '1': raise InputError(_busy(Path(run_dir)))    # its checkpoints come and go
         config = replace(before, **changes)
         changed = differences(before, config)
         run = cls(config, run_dir, latest_checkpoint(run_dir), quiet, evaluate)
