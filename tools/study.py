@@ -17,7 +17,7 @@ from twocet_nb import data
 from twocet_nb.codespace import embed, variance_shares
 from twocet_nb.config import preset
 from twocet_nb.demo import commit
-from twocet_nb.losses import LossConfig, Schedule
+from twocet_nb.losses import Schedule
 from twocet_nb.networks import NetworkConfig
 from twocet_nb.trainer import Trainer
 from twocet_nb.transfer import averaged_model

@@ -325,7 +325,8 @@ class SteppingRun(TrainingRun):
 # %% ../nbs/05a_run.ipynb #00000031
 def sub_step(run, number, weights, cycles='ab'):
     "Sub-step `number` of a `SteppingRun`, with the losses of these cycles (see `only`). Returns the terms by name."
-    (x_n, x_e), weights = run.batches[number], only(weights, cycles)
+    if not any((weights := only(weights, cycles)).values()): return {}    # cycle (a) before its losses begin
+    x_n, x_e = run.batches[number]
     losses, speed, relative, d_network = run.config.losses, run.config.speed, run.config.network.relative, run.networks['discriminator']
     code, code_2 = draw_codes(run.config, number, run.device, run.batches.raw.share)
     G, E, D = (in_precision(network, run.accelerator.autocast) for network in run.called.values())
