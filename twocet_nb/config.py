@@ -103,7 +103,7 @@ class TrainConfig(RunOptions):
     __post_init__ = checked
 
 # %% ../nbs/04b_config.ipynb #new00002
-CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e'))    # whose losses are whose
+CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e', 'identity'))    # whose losses are whose
 
 def only(weights, cycles):
     "The loss weights by name, with zeros for the losses of cycles that are not asked for: 'ab' (all), 'a' or 'b'."
@@ -122,12 +122,13 @@ def unpaired_losses(steps=4_000):
                       ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))
 
 # %% ../nbs/04b_config.ipynb #new00005
-def course_losses(steps=2_400):
+def course_losses(steps=3_200):
     "For a short run on a CPU, with pairs: the right answers alone, in the last quarter also D and the way back of cycle (a)."
     act = max(1, steps * 3 // 4)
     late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 60), weight)))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
-    return LossConfig(pair_e=on, pair_n=on, adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5), cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
+    return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
+                      cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
 
 # %% ../nbs/04b_config.ipynb #00000012
 def _readme(**changes):
@@ -141,10 +142,10 @@ def _unpaired(steps=4000, **changes):
                   sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
-def _course(steps=2400, **changes):
+def _course(steps=3200, **changes):
     "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=course_losses(steps), precision='bf16',
-                  batch_size=16, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
+                  batch_size=8, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
                   lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 

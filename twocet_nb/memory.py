@@ -64,7 +64,7 @@ def _phases(graphs, weights, r1, relative=False):
     G, E, judges = graphs['generator'], graphs['encoder'], on['adv_e'] + on['adv_n']
     fakes = G * (any(on[name] for name in ('adv_e', 'cyc_n', 'code', 'ds')) + any(on[name] for name in ('adv_n', 'cyc_e', 'pair_n')))
     learning_d = judges * (graphs['discriminator'] + graphs['r1' if r1 else 'discriminator'])
-    learning_g = G * (2 * on['identity'] + on['cyc_n'] + on['cyc_e'] + on['pair_e']) + E * (1 + relative) * (on['code'] + (on['cyc_e'] or on['pair_e'])) + graphs['judge'] * judges
+    learning_g = G * (on['identity'] + on['cyc_n'] + on['cyc_e'] + on['pair_e']) + E * (1 + relative) * (on['code'] + (on['cyc_e'] or on['pair_e'])) + graphs['judge'] * judges
     return fakes + learning_d, fakes + learning_g
 
 # %% ../nbs/04d_memory.ipynb #00000018

@@ -83,7 +83,7 @@ def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, seen=No
     codes = ask_encoder(partial(ask, E), wanted, relative)
     back = dict(cyc_n=(fakes.get(1), zero), cyc_e=(fakes.get(0), codes.get('real')), pair_e=(x_n, codes.pop('real', None)))
     back = {name: inputs for name, inputs in back.items() if name in on}
-    if weights['identity']: back['identity'] = torch.cat([x_n, x_e]), torch.cat([zero, zero])
+    if weights['identity']: back['identity'] = x_n, zero
     return logits | codes | ask(G, back) | ({'pair_n': fakes[0]} if 'pair_n' in on else {})
 
 # %% ../nbs/05_trainer.ipynb #0000002f
@@ -94,8 +94,7 @@ def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional
     """
     answers = ask_networks(G, E, D, x_n, x_e, fakes, code, weights, speed.one_pass, seen, relative)
     compare = dict(adv_e=lambda logits: adversarial_loss(logits, True), adv_n=lambda logits: adversarial_loss(logits, True),
-                   cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code),
-                   identity=lambda faces: cycle_loss(torch.cat([x_n, x_e]), faces))
+                   cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code), identity=partial(cycle_loss, x_n))
     if answers.keys() & {'pair_e', 'pair_n'}:
         counts = change_weights(x_n, x_e)
         compare |= dict(pair_e=lambda drawn: pair_loss(drawn, x_e, counts), pair_n=lambda drawn: pair_loss(drawn, x_n, counts))
@@ -136,7 +135,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
-from .config import TrainConfig, find_data, only, preset
+from .config import CYCLES, TrainConfig, find_data, only, preset
 from .data import FaceBatches, InputError, _seed_from, image_grid
 from .memory import check_memory
 from .networks import pick_device
@@ -332,7 +331,7 @@ def sub_step(run, number, weights, cycles='ab'):
     G, E, D = (in_precision(network, run.accelerator.autocast) for network in run.called.values())
     full_precision = in_precision(d_network, partial(torch.autocast, run.device.type, enabled=False))
     seen = {t: disturb(x, (run.config.seed, number), run.config.disturb) for t, x in enumerate((x_n, x_e))}
-    code = borrow_codes(E, seen[1], code, run.config.borrowed, seen[0] if relative else None)
+    if any(weights[name] for name in CYCLES['a']): code = borrow_codes(E, seen[1], code, run.config.borrowed, seen[0] if relative else None)
     fakes = partial(make_fakes, G, x_n, x_e, code, weights, speed.one_pass)
     with torch.set_grad_enabled(speed.share_fakes): shown = fakes()
     d_loss, d_terms = run.phases['d'](discriminator_loss, full_precision, {1: x_e, 0: x_n}, shown, weights, losses.r1_weight(number), D, speed.one_pass)
