@@ -143,11 +143,16 @@ def _unpaired(steps=4000, **changes):
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _course(steps=3200, **changes):
-    "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights."
+    "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights faces-64."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=course_losses(steps), precision='bf16',
                   batch_size=8, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
                   lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
+
+def _course128(steps=1600, **changes):
+    "128 px on a CPU, grown from the shipped 64 px weights: the recipe of the shipped weights faces-128."
+    return _course(steps, **dict(data='faces-128', network=NetworkConfig.course(128), start_from='faces-64') | changes)
+
 
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _tiny(steps=20, **changes):
@@ -156,12 +161,12 @@ def _tiny(steps=20, **changes):
                   log_every=1, sample_every=10, save_every=10)
     return _unpaired(steps, **recipe | changes)
 
-PRESETS = dict(paper=TrainConfig, readme=_readme, unpaired=_unpaired, course=_course, tiny=_tiny)
+PRESETS = dict(paper=TrainConfig, readme=_readme, unpaired=_unpaired, course=_course, course128=_course128, tiny=_tiny)
 for _name, _make in PRESETS.items(): setattr(TrainConfig, _name, staticmethod(_make))    # TrainConfig.course(steps=400)
 
 # %% ../nbs/04b_config.ipynb #00000013
 def preset(name, **changes):
-    """The `TrainConfig` called paper, readme, course or tiny, with any field changed.
+    """The `TrainConfig` called paper, readme, unpaired, course, course128 or tiny, with any field changed.
 
     Raises InputError for another name, for a field that does not exist and for values that make no sense.
     """

@@ -72,9 +72,9 @@ class NetworkConfig(_Sizes):
         "The paper's networks: 2**14 / image_size channels at full size."
         return cls(image_size, min(2**14 // image_size, 512))
     @classmethod
-    def course(cls):
-        "64 pixels and an eighth of the channels: trains on a laptop CPU."
-        return cls(64, 16, he_init=True, relative=True, repaint=True)
+    def course(cls, image_size=64):
+        "A sixteenth of the paper's channels: trains on a laptop CPU."
+        return cls(image_size, max(1, 1024 // image_size), he_init=True, relative=True, repaint=True)
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
