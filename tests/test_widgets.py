@@ -60,6 +60,12 @@ def receive(name, content):
     upload.say(f'{name}: thank you.')
 upload.on_upload(receive)
 part('upload', upload, size)
+''', '''
+# Notebook 09 shows this (front-light.png) and the map (map-light.png).
+before, after = to_tensor(FaceFolder(bundled('faces-64'), 'test', 0)[0]), faces[0]
+front = Picture('happy', other_label='neutral', view='beside')
+front.show(after, before)
+part('front', W.HBox([Thumbnails(faces[:20], names[:20], columns=5, label='reference', index=6), W.VBox([front, Upload('Your photograph')])]))
 '''
 
 
@@ -70,7 +76,7 @@ def page(tmp_path_factory):
     write_notebook(work/'parts.ipynb', *NOTEBOOK)
     with chromium(1100, 2600) as page, lab(work) as address:
         run_all(page, address + '/doc/tree/parts.ipynb')
-        page.locator('.part-upload input').wait_for(timeout=60_000)
+        page.locator('.part-front input').wait_for(timeout=60_000)
         yield page
 
 
@@ -111,10 +117,13 @@ def test_picture_blinks_and_stands_beside(page):
     box = part(page, 'picture')
     canvas = box.locator('canvas')
     box.get_by_text('beside').click()
-    page.wait_for_function('canvas => canvas.width == 36', arg=canvas.element_handle())
-    assert (read_canvas(canvas)[:, :16, :3] == SENT[::-1]).all() and (read_canvas(canvas)[:, 20:, :3] == SENT).all()
+    left, right = box.get_by_role('img', name='reversed'), box.get_by_role('img', name='exact')
+    left.wait_for()
+    assert (read_canvas(left)[..., :3] == SENT[::-1]).all() and (read_canvas(right)[..., :3] == SENT).all()
+    assert left.bounding_box()['x'] < right.bounding_box()['x']
     shot(box, 'picture-beside')
     box.get_by_text('blink').click()
+    page.wait_for_function('box => box.querySelectorAll("canvas").length == 1', arg=box.element_handle())
     first = canvas.evaluate('canvas => canvas.getContext("2d").getImageData(0, 0, 1, 1).data[1]')
     other = page.wait_for_function('([canvas, first]) => canvas.getContext("2d").getImageData(0, 0, 1, 1).data[1] != first',
                                    arg=[canvas.element_handle(), first], timeout=5000)
@@ -243,5 +252,6 @@ def test_screenshots(page):
     for theme in ('Light', 'Dark'):
         page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})")
         page.wait_for_timeout(1500)
-        for name in ('picture', 'thumbnails', 'plane', 'upload'):
+        for name in ('picture', 'thumbnails', 'plane', 'upload', 'front'):
             shot(part(page, name), f'{name}-{theme.lower()}')
+        shot(page.locator('.part-plane .widget-hbox').first, f'map-{theme.lower()}')

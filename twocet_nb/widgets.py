@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Still', 'Picture', 'Thumbnails', 'Upload', 'open_upload', 'Latest', 'download_link', 'TRIANGLE', 'MARKERS', 'triangle_weights', 'Plane']
 
-# %% ../nbs/09_widgets.ipynb #00000004
+# %% ../nbs/09_widgets.ipynb #00000003
 import base64, html, io, mimetypes, threading, traceback
 
 import anywidget
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from .data import InputError, image_grid, to_pil, to_tensor
 
-# %% ../nbs/09_widgets.ipynb #00000009
+# %% ../nbs/09_widgets.ipynb #00000008
 def _png(picture):
     "A PIL image as the text of a PNG, as notebooks store it."
     file = io.BytesIO()
@@ -33,7 +33,7 @@ class _WithStill:
         if self.still: data['image/png'] = _png(self.still())
         return data, metadata
 
-# %% ../nbs/09_widgets.ipynb #0000000a
+# %% ../nbs/09_widgets.ipynb #00000009
 class Still(_WithStill, W.VBox):
     """A column of widgets that also carries a still picture, shown where no kernel is.
 
@@ -43,7 +43,7 @@ class Still(_WithStill, W.VBox):
         super().__init__(children, **layout)
         self.still = still if callable(still) or still is None else lambda: still
 
-# %% ../nbs/09_widgets.ipynb #0000000f
+# %% ../nbs/09_widgets.ipynb #0000000e
 _HELP = """
 const make = (tag, attributes = {}, ...children) => {
   const drawn = tag == 'svg' || tag == 'polygon';
@@ -56,18 +56,17 @@ const listen = (model, names, act) => names.forEach(name => model.on('change:' +
 const tell = (model, name, value) => { model.set(name, value); model.save_changes(); };
 """
 
-# %% ../nbs/09_widgets.ipynb #00000010
+# %% ../nbs/09_widgets.ipynb #0000000f
 _LOOK = """
 .twocet { color: var(--jp-ui-font-color1, #222); font: 13px/1.4 var(--jp-ui-font-family, sans-serif); flex: none; max-width: 100%; }
 .twocet :focus-visible { outline: 3px solid var(--jp-brand-color1, #0b63c4); outline-offset: 2px; }
 .twocet figure { margin: 4px; max-width: 100%; }
-.twocet figure[hidden] { display: none; }
 .twocet figcaption, .twocet-words { color: var(--jp-ui-font-color1, #222); min-height: 1.4em; }
 .twocet-picture { display: flex; flex-wrap: wrap; }
 .twocet-picture canvas { display: block; max-width: 100%; margin-bottom: 6px; }
 """
 
-# %% ../nbs/09_widgets.ipynb #00000012
+# %% ../nbs/09_widgets.ipynb #00000011
 _DRAW_PICTURE = """
 function toImage(bytes, width, height) {
   const rgb = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength), image = new ImageData(width, height);
@@ -85,7 +84,7 @@ function draw(canvas, model, name) {
 }
 """
 
-# %% ../nbs/09_widgets.ipynb #00000014
+# %% ../nbs/09_widgets.ipynb #00000013
 _SHOW_PICTURE = """
 function frame() {
   const canvas = make('canvas', { role: 'img' }), caption = make('figcaption');
@@ -103,13 +102,13 @@ function render({ model, el }) {
   }
   function paint() {
     const view = model.get('other').byteLength ? model.get('view') : 'one';
-    left.figure.hidden = view != 'beside';
-    if (view == 'beside') put(left, 'other');
+    if (view == 'beside') el.prepend(left.figure), put(left, 'other');
+    else left.figure.remove();
     put(main, view == 'blink' ? front : 'pixels', view == 'blink');
   }
 """
 
-# %% ../nbs/09_widgets.ipynb #00000015
+# %% ../nbs/09_widgets.ipynb #00000014
 _BLINK = """
   const swap = () => { front = front == 'pixels' ? 'other' : 'pixels'; paint(); };
   function restart() {
@@ -126,20 +125,20 @@ _BLINK = """
   listen(model, ['serial', 'label', 'other_label', 'scale'], paint);
   listen(model, ['view'], restart);
   el.classList.add('twocet', 'twocet-picture');
-  el.append(left.figure, main.figure);
+  el.append(main.figure);
   restart();
   return () => clearInterval(timer);
 }
 export default { render };
 """
 
-# %% ../nbs/09_widgets.ipynb #00000017
+# %% ../nbs/09_widgets.ipynb #00000016
 def _picture(face):
     "Anything `to_tensor` takes, or a float tensor that leaves [-1, 1] a little (clamped), as a PIL image."
     is_float = isinstance(face, torch.Tensor) and face.is_floating_point()
     return to_pil(face if is_float else to_tensor(face))
 
-# %% ../nbs/09_widgets.ipynb #00000018
+# %% ../nbs/09_widgets.ipynb #00000017
 class _PictureState(_WithStill, anywidget.AnyWidget):
     "What kernel and page both know of a `Picture`."
     _esm, _css = _HELP + _DRAW_PICTURE + _SHOW_PICTURE + _BLINK, _LOOK
@@ -150,7 +149,7 @@ class _PictureState(_WithStill, anywidget.AnyWidget):
     label, other_label = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
     view = T.Enum(['one', 'blink', 'beside'], 'one').tag(sync=True)
 
-# %% ../nbs/09_widgets.ipynb #00000019
+# %% ../nbs/09_widgets.ipynb #00000018
 class Picture(_PictureState):
     """A face on a canvas, pixel by pixel, and a second one to compare it with.
 
@@ -379,8 +378,7 @@ class _Room:
             self._busy = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            taken, self._waiting = self._waiting, []
-            self._busy = bool(taken)
+            taken, self._waiting, self._busy = self._waiting, [], bool(self._waiting)
             return taken
 
     def _work(self):
@@ -430,14 +428,14 @@ def download_link(content, name, text):
     kind, data = mimetypes.guess_type(name)[0] or 'application/octet-stream', base64.b64encode(content).decode()
     return W.HTML(f'<a download="{html.escape(name)}" href="data:{kind};base64,{data}" style="text-decoration: underline">{html.escape(text)}</a>')
 
-# %% ../nbs/09_widgets_plane.ipynb #00000003
+# %% ../nbs/09_widgets_plane.ipynb #00000002
 import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from .codespace import palette
 
-# %% ../nbs/09_widgets_plane.ipynb #00000008
+# %% ../nbs/09_widgets_plane.ipynb #00000007
 _SHAPES = """
 const star = (corners, start, inner = Math.cos(Math.PI / corners)) => Array.from({ length: 2 * corners }, (_, k) => {
   const radius = k % 2 ? inner : 1, angle = start * Math.PI / 180 + k * Math.PI / corners;
@@ -452,7 +450,7 @@ const legend = (names, colours) => names.map((name, k) => {
 });
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #0000000a
+# %% ../nbs/09_widgets_plane.ipynb #00000009
 _LINES = """
 const PAD = 24;
 const place = (side, [x, y]) => [PAD + x * (side - 2 * PAD), PAD + (1 - y) * (side - 2 * PAD)];
@@ -472,7 +470,7 @@ function drawLines(context, at, model) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #0000000b
+# %% ../nbs/09_widgets_plane.ipynb #0000000a
 _POINTS = """
 function shape(context, [x, y], kind, colour, size) {
   context.beginPath();
@@ -494,7 +492,7 @@ function drawPoints(context, at, model, sheet) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #0000000c
+# %% ../nbs/09_widgets_plane.ipynb #0000000b
 _CURSOR = """
 function drawCursor(context, [x, y]) {
   for (const [colour, width] of [['#fff', 5], ['#111', 2]]) {
@@ -518,7 +516,7 @@ function draw(canvas, model, sheet, hover) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #0000000e
+# %% ../nbs/09_widgets_plane.ipynb #0000000d
 _WHERE = """
 const within = value => Math.max(0, Math.min(1, value));
 function allowed([x, y], corners) {
@@ -535,7 +533,7 @@ function nearest(points, [x, y]) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000010
+# %% ../nbs/09_widgets_plane.ipynb #0000000f
 _POINTER = """
 function usePointer(canvas, model, hovering) {
   const spot = event => {
@@ -560,7 +558,7 @@ function usePointer(canvas, model, hovering) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000011
+# %% ../nbs/09_widgets_plane.ipynb #00000010
 _KEYS = """
 function useKeys(canvas, model) {
   canvas.onkeydown = event => {
@@ -574,7 +572,7 @@ function useKeys(canvas, model) {
 }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000013
+# %% ../nbs/09_widgets_plane.ipynb #00000012
 _PLANE = """
 function render({ model, el }) {
   const canvas = make('canvas', { tabindex: 0, role: 'application' }), words = make('div', { class: 'twocet-words', 'aria-live': 'polite' });
@@ -595,7 +593,7 @@ function render({ model, el }) {
   }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000014
+# %% ../nbs/09_widgets_plane.ipynb #00000013
 _LIVE = """
   async function load() {
     const bytes = model.get('sheet');
@@ -618,7 +616,7 @@ _LIVE = """
 export default { render };
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000015
+# %% ../nbs/09_widgets_plane.ipynb #00000014
 _PLANE_LOOK = _LOOK + """
 .twocet-plane { margin: 4px; }
 .twocet-plane > div { max-width: 100%; }
@@ -629,7 +627,7 @@ _PLANE_LOOK = _LOOK + """
 .twocet-plane li { display: flex; align-items: center; gap: 5px; margin: 0; padding: 1px 6px 1px 3px; color: #222; background: #fff; border-radius: 3px; }
 """
 
-# %% ../nbs/09_widgets_plane.ipynb #00000016
+# %% ../nbs/09_widgets_plane.ipynb #00000015
 class _PlaneState(_WithStill, anywidget.AnyWidget):
     "What kernel and page both know of a `Plane`."
     _esm = _HELP + _SHAPES + _LINES + _POINTS + _CURSOR + _WHERE + _POINTER + _KEYS + _PLANE + _LIVE
@@ -642,7 +640,7 @@ class _PlaneState(_WithStill, anywidget.AnyWidget):
     thumbnails = T.Bool(False).tag(sync=True)
     label = T.Unicode().tag(sync=True)
 
-# %% ../nbs/09_widgets_plane.ipynb #00000018
+# %% ../nbs/09_widgets_plane.ipynb #00000017
 TRIANGLE = (.5, .92), (.05, .14), (.95, .14)  # corners: the top one, left, right
 
 def triangle_weights(position):
@@ -651,7 +649,7 @@ def triangle_weights(position):
     weights = np.linalg.solve([across, up, [1, 1, 1]], [*position, 1]).clip(0)
     return weights / weights.sum()
 
-# %% ../nbs/09_widgets_plane.ipynb #0000001c
+# %% ../nbs/09_widgets_plane.ipynb #0000001b
 def _check_points(points, names, group, groups, faces):
     "InputError for points outside the square, groups that are not there, and lists of another length."
     if points.size and not ((points >= 0) & (points <= 1)).all():
@@ -661,7 +659,7 @@ def _check_points(points, names, group, groups, faces):
     if not all(0 <= k < len(groups) for k in group):
         raise InputError(f'group {max(group)} of {len(groups)}; mend: `group` holds indices into `groups`, from 0')
 
-# %% ../nbs/09_widgets_plane.ipynb #0000001d
+# %% ../nbs/09_widgets_plane.ipynb #0000001c
 class _PlaneMap(_PlaneState):
     "A `Plane` without its constructor: what can be done with the points."
     def place(self, points, names=(), group=(), groups=(), faces=()):
@@ -678,7 +676,7 @@ class _PlaneMap(_PlaneState):
         far = np.linalg.norm(np.reshape(self.points, (-1, 2)) - self.position, axis=1)
         return far.argsort(kind='stable')[:count].tolist()
 
-# %% ../nbs/09_widgets_plane.ipynb #0000001f
+# %% ../nbs/09_widgets_plane.ipynb #0000001e
 MARKERS = 'o', 's', '^', 'D', 'v', 'P', 'X', '*'  # Matplotlib's names of our shapes
 
 def _draw_plane(ax, plane):
@@ -697,7 +695,7 @@ def _draw_plane(ax, plane):
     ax.scatter(*plane.position, 130, 'none', 'o', edgecolors='k', linewidths=2, zorder=3)
     ax.set(xlim=(-.06, 1.06), ylim=(-.06, 1.06), aspect='equal', xticks=[], yticks=[])
 
-# %% ../nbs/09_widgets_plane.ipynb #00000020
+# %% ../nbs/09_widgets_plane.ipynb #0000001f
 class Plane(_PlaneMap):
     """A map of points with a cursor that is dragged with the mouse or moved with the arrow keys.
 
