@@ -9,6 +9,8 @@ import pytest
 from browser import chromium, lab, run_all, shot, write_notebook
 from PIL import Image
 
+from twocet_nb.data import FaceFolder, bundled, to_pil, to_tensor
+
 # Whatever the kernel hears is said in a label of its own, and so can be read in the page.
 NOTEBOOK = '''
 import json, time
@@ -51,7 +53,10 @@ plane.observe(slow, 'position')
 pad = Plane(TRIANGLE, ['one', 'two', 'three'], faces=faces[:3], triangle=True, thumbnails=True, label='a mixture', side=260, thumb=64)
 weights = heard('weights')
 pad.observe(lambda change: setattr(weights, 'value', json.dumps(triangle_weights(change.new).tolist())), 'position')
-part('plane', W.HBox([plane, pad]), place, weights)
+mixed = Picture('mixed', scale=2)
+latest = Latest(lambda position: sum(weight * face for weight, face in zip(triangle_weights(position).tolist(), faces)), mixed.show)
+pad.observe(lambda change: latest.ask(change.new), 'position')
+part('plane', W.HBox([plane, pad]), mixed, place, weights)
 ''', '''
 upload, size = Upload('Your photograph'), heard('size')
 def receive(name, content):
@@ -210,7 +215,18 @@ def test_triangle_keeps_the_cursor_inside(page):
     assert abs(sum(weights) - 1) < 1e-6
     page.mouse.click(*spot(pad, 0, 0))
     heard(page, 'weights', 'w => w[0] < 1e-6 && w[1] > .95')
-    page.mouse.click(*spot(pad, .45, .35))
+
+
+def test_a_thread_draws_the_latest(page):
+    """What the worker of `Latest` shows arrives in the page, pixel by pixel."""
+    box = part(page, 'plane')
+    page.mouse.click(*spot(box.get_by_role('application', name='a mixture'), .45, .35))
+    weights = heard(page, 'weights', 'w => w && Math.abs(w[0] - .27) < .01')
+    page.wait_for_timeout(500)
+    emotional = FaceFolder(bundled('faces-64'), 'test', 1)
+    mixture = sum(weight * to_tensor(emotional[5 * k]) for k, weight in enumerate(weights))
+    shown = read_canvas(box.get_by_role('img', name='mixed'))[..., :3].astype(int)
+    assert np.abs(shown - np.asarray(to_pil(mixture))).max() <= 1
 
 
 def png(size=(90, 120)):

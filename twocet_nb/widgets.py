@@ -462,7 +462,7 @@ function line(context, spots, colour, width, closed) {
   context.stroke();
 }
 function drawLines(context, at, model) {
-  const position = at(model.get('position')), path = model.get('path').map(at), near = model.get('near').map(k => at(model.get('points')[k]));
+  const position = at(model.get('position')), path = model.get('path').map(at), near = model.get('near').map(k => model.get('points')[k]).filter(Boolean).map(at);
   line(context, model.get('corners').map(at), '#555', 1.5, true);
   line(context, path, '#222', 2.5);
   path.forEach(spot => shape(context, spot, 0, '#fff', 3));
