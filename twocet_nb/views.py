@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MISUSE', 'FAMILIES', 'STEP', 'FaceChooser', 'TransferView', 'to_square', 'near_weights', 'emotion_groups', 'MapView',
-           'Axes', 'raw_axes', 'principal_axes', 'SlidersView', 'likely', 'build', 'alone', 'follow', 'pull', 'MixView',
-           'TruthView', 'can_render', 'render_scene', 'LiveTruthView', 'checkpoints', 'RunView', 'ExportView',
-           'export_picture', 'export_sweep', 'export_path', 'export_code']
+           'Axes', 'raw_axes', 'principal_axes', 'SlidersView', 'likely', 'build', 'alone', 'shown', 'follow', 'pull',
+           'MixView', 'TruthView', 'can_render', 'render_scene', 'LiveTruthView', 'checkpoints', 'RunView',
+           'ExportView', 'export_picture', 'export_sweep', 'export_path', 'export_code']
 
 # %% ../nbs/09b_views.ipynb #00000003
 import math
@@ -214,16 +214,19 @@ def alone(view, act):
     try: act()
     finally: view.deaf = False
 
+def shown(values): return np.round(np.clip(values, -4, 4) / STEP) * STEP
+
 def follow(view, scene):
     "Let the sliders say where the code is."
     def turn():
-        for knob, value in zip(view.knobs.children, view.axes.read(scene.code)): knob.value = round(float(np.clip(value, -4, 4)) / STEP) * STEP    # or the page would round it, and that would be a pull
+        for knob, value in zip(view.knobs.children, shown(view.axes.read(scene.code)).tolist()): knob.value = value
     alone(view, turn)
 
 def pull(view, change):
     "Let the scene have the code that the sliders say."
-    values = view.axes.read(view.studio.scene.code)
-    values[view.knobs.children.index(change.owner)] = change.new
+    values, k = view.axes.read(view.studio.scene.code), view.knobs.children.index(change.owner)
+    if abs(shown(values)[k] - change.new) < 1e-6: return    # the page repeats what it was told, in digits of its own
+    values[k] = change.new
     code = view.axes.write(view.studio.scene.code, values)
     alone(view, lambda: view.studio.change(change.owner.description, code=code, about='sliders'))
 
