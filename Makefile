@@ -8,7 +8,7 @@ OUT     ?= runs/demo
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) and print(sys.argv[1])
 PY ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(NEW_ENOUGH)' $(p) 2>/dev/null)))
 
-.PHONY: help demo lab test bench docs prepare outputs judge ship reader study faces clean
+.PHONY: help demo lab explore test bench docs prepare outputs judge ship reader study faces clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -20,6 +20,9 @@ demo: .venv/with-base  ## move expressions between bundled faces; pictures and a
 lab: .venv/with-dev  ## open the notebooks in JupyterLab (they are cleaned on every save)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab --config=tools/lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
 
+explore: .venv/with-app  ## open the explorer in a browser, served to this computer alone
+	$(BIN)/twocet explore
+
 # One thread a process: two processes on two cores are many times slower when each starts a thread per core.
 test: export OMP_NUM_THREADS = 1
 test: .venv/with-dev  ## every check: notebooks and package in step, README in step, all tests
@@ -27,9 +30,10 @@ test: .venv/with-dev  ## every check: notebooks and package in step, README in s
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 tests
 
-bench: .venv/with-base  ## how much faster, here, each trick makes a training step (on a GPU the paper preset too) and ours is a Frechet distance
+bench: .venv/with-base  ## how much faster, here, each trick makes a training step (on a GPU the paper preset too) and ours is a Frechet distance; how soon a slider's picture is in the page
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/frechet.py
+	$(BIN)/python benchmarks/explorer.py
 
 docs: .venv/with-docs  ## the book as a web site, in build/site
 	$(BIN)/python tools/docs.py
@@ -66,7 +70,7 @@ faces: .venv/with-faces  ## render the bundled faces anew, an hour on two cores;
 clean:  ## remove .venv and everything built; runs/ stays
 	rm -rf .venv build dist _proc *.egg-info .pytest_cache
 
-# .venv/with-dev is the stamp of `pip install -e .[dev]`, with-docs of [docs], with-faces of [faces], with-base of the package alone.
+# .venv/with-dev is the stamp of `pip install -e .[dev]`, with-docs of [docs], with-app of [app], with-faces of [faces], with-base of the package alone.
 # Repeating an interrupted set-up repairs it. uv is used where it is installed: it is many times faster.
 .venv/with-%: settings.ini setup.py
 	@test -n "$(PY)" || { echo 'twocet_nb needs Python 3.11 or newer: install one, or name it: make PY=/path/to/python3.11 ...'; exit 2; }

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKED = ('setup.py', 'pyproject.toml', 'settings.ini', 'MANIFEST.in', 'README.md', 'LICENSE', 'twocet_nb', 'data')
-DEVELOPMENT_ONLY = ('nbdev', 'fastcore', 'execnb', 'jupyterlab', 'IPython', 'ipywidgets', 'nbclient', 'pytest', 'mitsuba', 'cv2')
+DEVELOPMENT_ONLY = ('nbdev', 'fastcore', 'execnb', 'jupyterlab', 'nbclient', 'playwright', 'pytest', 'mitsuba', 'cv2')
 
 PROBE = '''
 import importlib, importlib.util, pkgutil, sys

@@ -17,6 +17,9 @@ def run(path):
     ExecutePreprocessor(timeout=900, kernel_name='python3', coalesce_streams=True).preprocess(
         notebook, {'metadata': {'path': str(path.parent)}})
     notebook.metadata.pop('widgets', None)
+    for cell in notebook.cells:  # a widget without its state shows nothing, and hides its still picture
+        for output in cell.get('outputs', []):
+            output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
     nbformat.write(notebook, path)
     print(path.relative_to(ROOT), flush=True)
 

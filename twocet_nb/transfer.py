@@ -111,16 +111,16 @@ def draw(model, targets, codes, target_type=0, one=False):
     return pictures[0] if one and single else pictures
 
 # %% ../nbs/06_transfer.ipynb #00000017
-def apply(model, neutral, code, strength=1.0):
+def apply(model, neutral, code, strength=1.0, target_type=0):
     """G(n, strength * c): put expressions on neutral faces (section 3.1).
 
-    neutral: one image or many, see `as_list`. code: (code_dim,) or (N, code_dim). One face and many codes, many
-    faces and one code, or equally many. A tensor in gives an (N, 3, S, S) tensor in [-1, 1] out, anything else
-    `SyntheticImage`s: one for one face and one code, else a list. Raises InputError for what does not fit.
+    neutral: one image or many, see `as_list`; emotional ones for target_type 1 (see `are_emotional`): they are made neutral first.
+    code: (code_dim,) or (N, code_dim). One face and many codes, many faces and one code, or equally many. A tensor in gives an
+    (N, 3, S, S) tensor in [-1, 1] out, anything else `SyntheticImage`s: one for one face and one code, else a list. Raises InputError for what does not fit.
     """
     check_numbers(strength=strength)
     codes = check_codes(code, model.config.code_dim)
-    return draw(model, neutral, strength * codes, one=len(codes) == 1)
+    return draw(model, neutral, strength * codes, target_type, one=len(codes) == 1)
 
 def neutralise(model, images):
     "G(x, 0): the neutral face of each image (section 3.1). Kinds in and out as in `apply`."
