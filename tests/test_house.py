@@ -50,7 +50,7 @@ def may_import(name, other):
     if package == other_package:
         return place(MODULES[other]) < place(MODULES[name])
     if other_package:
-        return name == 'cli'  # nothing else builds on a sub-package
+        return name in ('cli', 'answers')  # nothing else builds on a sub-package; answers renders where the extra [faces] is there
     return place(MODULES[other]) < '08'
 
 

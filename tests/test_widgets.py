@@ -66,7 +66,7 @@ def receive(name, content):
 upload.on_upload(receive)
 part('upload', upload, size)
 ''', '''
-# Notebook 09 shows this (front-light.png) and the map (map-light.png).
+# Notebooks 08c and 08d show this (front-light.png) and the map (map-light.png).
 before, after = to_tensor(FaceFolder(bundled('faces-64'), 'test', 0)[0]), faces[0]
 front = Picture('happy', other_label='neutral', view='beside')
 front.show(after, before)
