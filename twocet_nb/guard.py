@@ -133,7 +133,7 @@ def _flat(value, name=''):
     return {key: text for flat in inner for key, text in flat.items()}
 
 # %% ../nbs/04c_guard.ipynb #00000029
-_EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay'), "used from the next step on; Adam's moments are kept")
+_EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr_fall', 'beta1', 'weight_decay'), "used from the next step on; Adam's moments are kept")
     | dict.fromkeys(('precision', 'device', 'speed'), 'steps are rounded differently from now on, so the run is no longer bit for bit what it was')
     | dict.fromkeys(('memory', 'workers'), 'where faces wait; the batches stay the same to the last bit')
     | dict.fromkeys(('log_every', 'sample_every', 'save_every', 'keep', 'eval_every', 'best_by', 'trackers', 'memory_check'), 'what is written how often; what is learned stays the same')
