@@ -273,11 +273,15 @@ class _RawBatches(Dataset):
     def __init__(self, faces, batch_size, seed, share):
         self.faces, self.batch_size, self.seed, self.share = faces, batch_size, seed, share
 
-    def __getitem__(self, i):
-        draws = [draw_indices(len(faces), i * self.batch_size, self.batch_size, (self.seed, face_type))[self.share]
-                 for face_type, faces in enumerate(self.faces)]
-        return [faces[draw.to(faces.device)] if isinstance(faces, torch.Tensor)
-                else torch.stack([faces[j] for j in draw]) for faces, draw in zip(self.faces, draws)]
+    def numbers(self, i, face_type):
+        "Which faces of a type are in batch i."
+        return draw_indices(len(self.faces[face_type]), i * self.batch_size, self.batch_size, (self.seed, face_type))[self.share]
+
+    def __getitem__(self, i): return [_some(faces, self.numbers(i, face_type)) for face_type, faces in enumerate(self.faces)]
+
+def _some(faces, numbers):
+    "Some faces as one uint8 tensor; faces: a tensor, or a `FaceFolder`, which is read."
+    return faces[numbers.to(faces.device)] if isinstance(faces, torch.Tensor) else torch.stack([faces[j] for j in numbers])
 
 def share_of(batch_size, rank=0, world=1):
     """The slice of a batch that process number `rank` of `world` works on; the shares are equal and do not overlap.

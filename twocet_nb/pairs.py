@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .blocks import AdaIN
-from .data import FaceBatches, InputError, _seed_from, _to_unit, augment, draw_indices, to_tensor
+from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment, to_tensor
 
 # %% ../nbs/03b_pairs.ipynb #00000008
 def place(images, moves, mode='bicubic'):
@@ -72,19 +72,14 @@ class _RawPairs(Dataset):
         self.raw, self.partner, self.moves, self.share = raw, torch.tensor(partner), moves, raw.share
 
     def __getitem__(self, i):
-        neutral, emotional = self.raw.faces
-        draw = draw_indices(len(emotional), i * self.raw.batch_size, self.raw.batch_size, (self.raw.seed, 1))[self.share]
-        return self._some(neutral, self.partner[draw]), self._some(emotional, draw), self.moves[draw]
-
-    @staticmethod
-    def _some(faces, draw):
-        return faces[draw.to(faces.device)] if isinstance(faces, torch.Tensor) else torch.stack([faces[j] for j in draw])
+        (neutral, emotional), numbers = self.raw.faces, self.raw.numbers(i, 1)
+        return _some(neutral, self.partner[numbers]), _some(emotional, numbers), self.moves[numbers]
 
 def _all_moves(raw, partner, quiet, chunk=256):
     "The moves of all pairs, (N, 4), on the CPU."
     numbers, found = torch.arange(len(partner)).split(chunk), []
     for some in tqdm(numbers, desc='registering pairs', leave=False, disable=quiet or bool(os.environ.get('IN_TEST'))):
-        faces = [_to_unit(_RawPairs._some(folder, draw)) for folder, draw in zip(raw.faces, (torch.tensor(partner)[some], some))]
+        faces = [_to_unit(_some(folder, which)) for folder, which in zip(raw.faces, (torch.tensor(partner)[some], some))]
         found.append(register(*faces).cpu())
     return torch.cat(found)
 
