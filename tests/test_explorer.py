@@ -14,9 +14,13 @@ import pytest
 from browser import ROOT, chromium, free_port, lab, run_all, shot, write_notebook
 from PIL import Image
 
-from twocet_nb.data import bundled
+from twocet_nb.answers import LiveTruthView
+from twocet_nb.codespace import embed
+from twocet_nb.data import bundled, to_tensor
 from twocet_nb.runs import SYNTHETIC
+from twocet_nb.scene import Scene, Studio, named_faces
 from twocet_nb.transfer import TwoCET
+from twocet_nb.truth import truth_pairs
 
 CELL = 'from twocet_nb.explorer import Explorer\nexplorer = Explorer()\nexplorer'
 WORDS = 'import ipywidgets as W\nwords = W.Label()\nexplorer.studio.on_picture.append(lambda scene, picture: setattr(words, "value", explorer.stage.words.value))\nwords'
@@ -191,6 +195,20 @@ def bad_files():
     header = chunk(b'IHDR', (60_000).to_bytes(4, 'big') * 2 + bytes([8, 2, 0, 0, 0]))
     bomb = b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(10_000_000))) + chunk(b'IEND', b'')
     return ('broken.png', good.getvalue()[:60], 'mend'), ('large.png', good.getvalue() + bytes(40_000_000), '8.0 MB'), ('bomb.png', bomb, 'mend')
+
+
+def test_truth_rendered_on_demand():
+    """With the extra [faces] any target and reference of the bundled faces have a truth; the packed answer is the same picture."""
+    pytest.importorskip('mitsuba')
+    model, codes = TwoCET.pretrained(), embed(TwoCET.pretrained(), 'faces-64', 'test')
+    faces = {face.path: face for face in named_faces(codes, 'faces-64', 64)}
+    pair = next(pair for pair in truth_pairs('truth-64') if pair.kind == 'cross')
+    target, reference = faces[str(pair.target)], faces[str(pair.reference)]
+    view = LiveTruthView(Studio(model, Scene(target, model.encode(reference.pixels[None])[0], reference=reference)), [pair])
+    view.render()
+    assert view.artist.wait(300) and view.artist.error is None and 'picture' in view.words.value
+    answer = Image.frombytes('RGB', (64, 64), view.pictures[3].pixels)
+    assert (to_tensor(answer) - to_tensor(pair.answer)).abs().mean() < .02
 
 
 def test_served_to_this_computer_alone(tmp_path, page):

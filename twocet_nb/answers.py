@@ -7,7 +7,7 @@ __all__ = ['TruthView', 'can_render', 'render_scene', 'LiveTruthView', 'checkpoi
            'export_sweep', 'export_path', 'export_code']
 
 # %% ../nbs/08g_answers.ipynb #00000003
-import math
+import html
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from .data import InputError, image_grid, to_tensor
 from .scene import gif, png, python_line, scene_json, sweep
 from .transfer import TwoCET
 from .truth import error_map, masked_l1, read_pictures, truth_pairs
+from .views import beside
 from .widgets import Latest, Picture, Still, download_link
 
 # %% ../nbs/08g_answers.ipynb #00000008
@@ -33,7 +34,7 @@ class TruthView(Still):
         self.still = lambda: image_grid([[picture.still() for picture in self.pictures]])
         self.artist = Latest(self.compare, self.tell)
         self.number.observe(lambda change: self.artist.ask(change.new), 'value')
-        self.children = [self.number, W.HBox(self.pictures, layout=W.Layout(flex_flow='row wrap')), self.words]
+        self.children = [self.number, beside(*self.pictures), self.words]
         self.artist.ask(0)
 
     def compare(self, k):
@@ -45,8 +46,10 @@ class TruthView(Still):
 
     def tell(self, answer):
         "Show what `compare` found."
-        for picture, face in zip(self.pictures, answer[0]): picture.show(face[0])
-        self.words.value = 'Mean difference in the face: <b>{model:.3f}</b> the model, {copy:.3f} doing nothing, {perfect:.3f} a second rendering of the truth.'.format(**answer[1])
+        pictures, errors = answer
+        for picture, face in zip(self.pictures, pictures): picture.show(face[0])
+        where, again = ('face', f', {errors["perfect"]:.3f} a second rendering of the truth') if 'perfect' in errors else ('picture', '')
+        self.words.value = f'Mean difference in the {where}: <b>{errors["model"]:.3f}</b> the model, {errors["copy"]:.3f} doing nothing{again}.' 
 
 # %% ../nbs/08g_answers.ipynb #0000000c
 def can_render(scene):
@@ -63,7 +66,7 @@ def render_scene(view, scene):
     target, reference = scene.target.pixels[None], scene.reference.pixels[None]
     drawn, everywhere = model.transfer(target, reference), torch.ones_like(answer[:, :1])
     errors = {who: masked_l1(picture, answer, everywhere).item() for who, picture in dict(model=drawn, copy=target).items()}
-    return (target, reference, drawn, answer, error_map(drawn, answer)), errors | dict(perfect=math.nan)
+    return (target, reference, drawn, answer, error_map(drawn, answer)), errors
 
 # %% ../nbs/08g_answers.ipynb #0000000d
 class LiveTruthView(TruthView):
@@ -95,7 +98,8 @@ class RunView(Still):
         self.studio, self.folders, self.load = studio, checkpoints(run), lru_cache(8)(lambda step: TwoCET.load(self.folders[step]))
         self.picture = Picture('Checkpoint', scale=256 / studio.model.config.image_size)
         self.step, self.words, self.still = W.SelectionSlider(options=list(self.folders), description='Step'), W.HTML(), self.picture.still
-        self.artist = Latest(self.draw, lambda drawn: self.picture.show(drawn), lambda error: setattr(self.words, 'value', str(error)))
+        def sorry(error): self.words.value = html.escape(str(error))
+        self.artist = Latest(self.draw, self.picture.show, sorry)
         self.step.observe(lambda change: self.artist.ask((change.new, studio.scene)), 'value')
         studio.on_scene.append(lambda scene: self.artist.ask((self.step.value, scene)))
         self.children = [self.step, self.picture, self.words]
@@ -117,7 +121,8 @@ class ExportView(Still):
         self.line = W.Textarea(description='Python', layout=W.Layout(width='95%', height='70px'))
         makers = {'Picture': self.picture, 'Strength sweep': self.sweep, 'Path': self.path, 'Code': self.code}
         self.buttons = [W.Button(description=name) for name in makers]
-        self.artist = Latest(lambda make: make(), lambda made: setattr(self.link, 'value', download_link(*made).value), lambda error: setattr(self.link, 'value', str(error)))
+        def say(text): self.link.value = text
+        self.artist = Latest(lambda make: make(), lambda made: say(download_link(*made).value), lambda error: say(html.escape(str(error))))
         for button, make in zip(self.buttons, makers.values()): button.on_click(lambda _, make=make: self.artist.ask(make))
         studio.on_scene.append(self.follow)
         self.children = [W.HBox(self.buttons), self.note, self.link, self.line]
