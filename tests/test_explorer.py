@@ -123,7 +123,9 @@ class TestLab:
         shot(page, 'explorer-map')
 
     def test_sliders_by_keyboard(self, page):
-        tab(page, 'Sliders')
+        page.locator('.jupyter-widgets .lm-TabBar-tab', has_text='Map').focus()
+        page.keyboard.press('ArrowRight')
+        page.keyboard.press('Enter')
         knob = page.get_by_role('slider').nth(1)
         page.get_by_text('1: ').first.wait_for(timeout=30_000)
         before, was = pixels(page), caption(page)

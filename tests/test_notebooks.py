@@ -37,3 +37,13 @@ def test_is_fit_to_commit(notebook):
     assert (ROOT/notebook).stat().st_size < 1_500_000
     lengths = [len(re.findall(r'^(?!#\|).*\S', cell.source, re.MULTILINE)) for cell in code]
     assert max(lengths) <= 25, 'a cell too long for one idea'
+
+
+@pytest.mark.parametrize('text', ['README.md', 'CONTRIBUTING.md', 'data/README.md', *NOTEBOOKS])
+def test_links_lead_somewhere(text):
+    """Every relative link and picture of a text stands in the repository."""
+    content = (ROOT/text).read_text(encoding='utf-8')
+    if text.endswith('.ipynb'):
+        content = '\n'.join(cell.source for cell in nbformat.reads(content, as_version=4).cells if cell.cell_type == 'markdown')
+    links = re.findall(r'\]\((?!https?:|mailto:|#|attachment:)([^)#\s]+)', re.sub(r'`[^`]*`', '', content))
+    assert not [link for link in links if not ((ROOT/text).parent/link).exists()]

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from twocet_nb import data, runs, transfer
 from twocet_nb.config import PRESETS, read_config
 from twocet_nb.demo import commit
 from twocet_nb.codespace import embed
-from twocet_nb.networks import save_networks
+from twocet_nb.networks import read_card, save_networks
 from twocet_nb.pairs import rescale_codes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +24,22 @@ def thin(records, most=200):
     return records[len(records) - 1::-stride][::-1]
 
 
-def preset_of(config):
-    "The name of the preset whose losses a run has, or a word that says that there is none."
-    return next((name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses), '(none: see the recipe)')
+def command_of(config):
+    "A line of Python that trains the same run: the preset with its losses and network size, and what else is changed."
+    like = [name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses and make().network == config.network]
+    if not like:
+        return '(no preset: see the recipe)'
+    usual = PRESETS[like[0]](steps=config.steps)
+    changes = {name: value for name, value in vars(config).items() if value != getattr(usual, name)} | dict(steps=config.steps)
+    return f'Trainer(preset({like[0]!r}, {", ".join(f"{name}={value!r}" for name, value in changes.items())})).fit()'
+
+
+def ancestor(config):
+    "What the card of the weights says that the run began with; None for a run from scratch."
+    if not config.start_from:
+        return None
+    card = read_card(runs.weights_path(config.start_from))['extra']
+    return {name: card[name] for name in ('name', 'step', 'sub_steps', 'command', 'commit', 'note', 'begun_with') if name in card}
 
 
 def code_scale(model, config):
@@ -41,15 +55,16 @@ def main():
     parser.add_argument('--note', default='', help='anything a reader of the card should know about the run')
     args = parser.parse_args()
     config, folder = read_config(args.run), runs.latest_checkpoint(args.run)
+    begun_with, config = ancestor(config), replace(config, start_from=Path(config.start_from).name)    # no path of one machine in a card
     network, networks = runs.open_networks(folder, NAMES)
     scale = code_scale(transfer.TwoCET.load(folder), config)
     rescale_codes(networks, scale)
     step = int(folder.name.removeprefix('step-'))
     model = transfer.TwoCET(network, networks['generator_ema'], networks['encoder_ema'])
     card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=len(config.cycles.split()) * step, commit=commit(), note=args.note,
-                command=f'twocet train --data {config.data} --preset {preset_of(config)} --steps {config.steps} --seed {config.seed}',
+                command=command_of(config), begun_with=begun_with,
                 data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),
-                recipe=json.loads((args.run/'config.json').read_text()), judgement=transfer.judge(model, data.bundled(config.data)))
+                recipe=json.loads((args.run/'config.json').read_text()) | dict(start_from=config.start_from), judgement=transfer.judge(model, data.bundled(config.data)))
     target = ROOT/'data'/runs.SHIPPED[args.name]
     save_networks(target, network, networks, half=True, extra=card)
     history = thin(runs.History(args.run/'history.jsonl', last_step=step).records)
