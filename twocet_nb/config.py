@@ -151,7 +151,7 @@ def _course(steps=4000, **changes):
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _course128(steps=1200, **changes):
-    "128 px on a CPU, grown from the shipped 64 px weights: the recipe of the shipped weights faces-128."
+    "128 px on a CPU, begun with the shipped 64 px weights: the recipe of the shipped weights faces-128."
     return _course(steps, **dict(data='faces-128', network=NetworkConfig.course(128), start_from='faces-64') | changes)
 
 

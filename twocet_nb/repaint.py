@@ -34,11 +34,13 @@ PARTS = 6  # channels: three of paint, one that says how much of it is seen, two
 def recompose(images, parts):
     """Move the pixels of images and paint over them: (N, 3, H, W) float32, not clamped.
 
-    images: (N, 3, H, W) in [-1, 1]; parts: (N, 6, H, W), three channels of paint, the logit of how much of it is seen, and two
-    of flow, see `move`. Raises InputError for parts of another shape.
+    images: (N, 3, H, W) in [-1, 1]; parts: (N, 6, h, w), three channels of paint, the logit of how much of it is seen, and two
+    of flow, see `move`. H and W are h and w, or both the same whole number of times as much. Raises InputError for parts of another shape.
     """
-    if parts.shape != (len(images), PARTS, *images.shape[2:]):
-        raise InputError(f'parts of shape {tuple(parts.shape)} for images {tuple(images.shape)}; mend: {PARTS} channels of the same size')
+    times = images.shape[2] // parts.shape[2] if parts.ndim == 4 else 0
+    if not times or (len(parts), parts.shape[1], times * parts.shape[2], times * parts.shape[3]) != (len(images), PARTS, *images.shape[2:]):
+        raise InputError(f'parts of shape {tuple(parts.shape)} for images {tuple(images.shape)}; mend: {PARTS} channels of the same size, or smaller by a whole number')
+    if times > 1: parts = F.interpolate(parts.float(), images.shape[2:], mode='bilinear')
     paint, seen, flow = parts.float().split([3, 1, 2], dim=1)
     return torch.lerp(move(images, flow), paint, seen.sigmoid())
 
