@@ -194,7 +194,7 @@ def load_checkpoint(folder, networks):
         raise InputError(f'{error}; or delete {folder.name} and ' + (f'resume from {others[-1]}' if others else 'start anew')) from error
 
 # %% ../nbs/04a_runs.ipynb #00000035
-SHIPPED = {'faces-64': 'weights-faces-64.safetensors'}
+SHIPPED = {'faces-64': 'weights-faces-64.safetensors', 'faces-128': 'weights-faces-128.safetensors'}
 
 def weights_path(place):
     """The file of the shipped weights called `place`, or what the pointer RUN/checkpoints/best (or latest) names; else `place` itself.
