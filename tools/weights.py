@@ -49,10 +49,12 @@ def main():
     torch.set_num_threads(1)
     if unknown := set(args.names) - SHIPPED.keys():
         parser.error(f'{", ".join(sorted(unknown))}: not shipped; pick from {", ".join(SHIPPED)}')
+    wanted = {name: (name, f'python tools/weights.py {name}') for name in args.names or SHIPPED}
     if args.before:
-        write('before', measure(args.before, f'python tools/weights.py --before {args.before.name}'))
-    for name in args.names or SHIPPED:
-        write(name, measure(name, f'python tools/weights.py {name}'))
+        wanted['before'] = args.before, f'python tools/weights.py --before {args.before.name}'
+    # everything is measured before anything is written: a changed file would make the next commit read "dirty"
+    for name, numbers in [(name, measure(*how)) for name, how in wanted.items()]:
+        write(name, numbers)
 
 
 if __name__ == '__main__':
