@@ -10,10 +10,11 @@ from twocet_nb import metrics
 from twocet_nb.cli import main
 from twocet_nb.config import preset
 from twocet_nb.data import InputError, bundled, list_faces
-from twocet_nb.metrics import evaluate, evaluate_run, real_features
+from twocet_nb.features import FaceReader
+from twocet_nb.metrics import STRENGTHS, evaluate, evaluate_run, real_features, some_cross, strength_response
 from twocet_nb.trainer import Trainer
 from twocet_nb.transfer import TwoCET
-from twocet_nb.truth import read_at, truth_pairs
+from twocet_nb.truth import known_units, read_at, truth_pairs
 
 
 @pytest.fixture(scope='module')
@@ -125,3 +126,46 @@ def test_the_best_checkpoint_by_a_distance(tmp_path, faces):
     best = min(reversed(run.evaluations.records), key=lambda record: record['E_r'])
     assert {'N', 'E_z', 'E_r', 'cross_l1'} <= best.keys() and len(run.evaluations.records) == 3
     assert (tmp_path/'run/checkpoints/best').read_text().strip() == f'step-{best["step"]:06d}'
+
+
+class Toy:
+    """A world in which a picture shows its expression units as its first pixels: a model that draws answer(strength) times what the reference does."""
+    def __init__(self, pairs, answer):
+        self.unit_names = FaceReader.pretrained('cpu').unit_names
+        self.known, self.answer, self.config = known_units(pairs, self.unit_names), answer, SimpleNamespace(image_size=64)
+
+    def units(self, images): return images[:, 0, 0, :len(self.unit_names)]
+
+    def encode(self, images): return self.known
+
+    def apply(self, faces, codes):
+        pictures = torch.zeros_like(faces)
+        pictures[:, 0, 0, :len(self.unit_names)] = self.answer((codes.norm(dim=1) / self.known.norm(dim=1))[:, None]) * self.known
+        return pictures
+
+
+@pytest.mark.parametrize('answer, monotone, strict', [
+    (lambda s: s, 1, 1), (torch.sqrt, 1, 1), (torch.ones_like, 0, 0), (lambda s: -s, 0, 0), (lambda s: torch.minimum(s, 2 - s), 0, 0),
+    (lambda s: s - .26 * (s > .9) - .001 * (s > 1.4), 0, 0), (lambda s: s - .2501 * (s > .9), 1, 0)],
+    ids=['linear', 'saturates', 'ignores the strength', 'the opposite', 'turns back', 'falls once', 'falls by less than the noise'])
+def test_strength(answer, monotone, strict):
+    pairs = some_cross(truth_pairs('truth-64'), 16)
+    toy = Toy(pairs, answer)
+    found = strength_response(toy, pairs, toy)
+    assert (found['monotone'], found['strict']) == (dict(value=monotone, se=0), dict(value=strict, se=0)), found
+    length = found['curve'][4]['value']
+    if monotone and strict and answer is not torch.sqrt:
+        assert [x['value'] for x in found['curve']] == pytest.approx([s * length for s in STRENGTHS], abs=1e-5)
+
+
+def test_strength_is_a_part_of_an_evaluation(model):
+    pairs, reader = some_cross(truth_pairs('truth-64'), 8), FaceReader.pretrained('cpu')
+    found = strength_response(model, pairs, reader)
+    assert found['pairs'] == 8 and 0 < found['tolerance'] < found['perfect']['value'] / 10
+    copies = evaluate(Cheat(lambda targets, references: targets), 'faces-64', per_class=1, resamples=0)['strength']
+    assert copies['pairs'] == 60 and copies['monotone']['value'] == copies['strict']['value'] == 0
+
+
+@pytest.mark.parametrize('strengths, count', [((0, 1), 8), ((.5, 1, 1.5), 8), ((0, 1, 1), 8), ((0, .5, 1), 0)])
+def test_strengths_that_mean_nothing(model, strengths, count):
+    with pytest.raises(InputError, match='increase from 0'): strength_response(model, truth_pairs('truth-64')[:count], None, strengths)

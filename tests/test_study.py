@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 import study  # noqa: E402
+import weights  # noqa: E402
 
 RESULTS = json.loads((ROOT/'nbs'/'studies'/'recipe.json').read_text(encoding='utf-8'))
 
@@ -44,3 +45,31 @@ def test_a_row_is_trained_and_judged(tmp_path, monkeypatch, few_faces):
     assert json.loads((tmp_path/'recipe.json').read_text())['rows']['the recipe']['steps'] == 1
     monkeypatch.setattr(study, 'train', lambda *given: pytest.fail('a row that is there is not computed again'))
     study.main()
+
+
+def weights_results():
+    return {path.stem.removeprefix('weights-'): json.loads(path.read_text(encoding='utf-8')) for path in (ROOT/'nbs'/'studies').glob('weights-*.json')}
+
+
+def test_results_of_weights_are_those_of_the_shipped_ones():
+    from twocet_nb.metrics import model_hash
+    from twocet_nb.transfer import TwoCET
+    found = weights_results()
+    assert found.keys() == {'before', *weights.SHIPPED}, 'make them: python tools/weights.py'
+    for name, numbers in found.items():
+        assert numbers['command'].startswith('python tools/weights.py') and {'commit', 'seed', 'data', 'weights', 'evaluation', 'leakage'} <= numbers.keys()
+        if name != 'before':
+            assert numbers['evaluation']['about']['model'] == model_hash(TwoCET.pretrained(name, 'cpu')), f'other weights now: python tools/weights.py {name}'
+
+
+def test_weights_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weights, 'ROOT', tmp_path)
+    monkeypatch.setattr(weights, 'STUDIES', tmp_path)
+    monkeypatch.setattr(weights, 'measure', lambda place, command: dict(command=command))
+    monkeypatch.setattr(sys, 'argv', ['weights.py', '--before', 'somewhere/old.safetensors'])
+    weights.main()
+    assert {path.name for path in tmp_path.iterdir()} == {'weights-before.json', *(f'weights-{name}.json' for name in weights.SHIPPED)}
+    assert json.loads((tmp_path/'weights-before.json').read_text())['command'] == 'python tools/weights.py --before old.safetensors'
+    monkeypatch.setattr(sys, 'argv', ['weights.py', 'nothing'])
+    with pytest.raises(SystemExit): weights.main()
+    assert 'nothing: not shipped' in capsys.readouterr().err
