@@ -22,8 +22,7 @@ from twocet_nb.scene import Scene, Studio, named_faces
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import truth_pairs
 
-CELL = 'from twocet_nb.explorer import Explorer\nexplorer = Explorer()\nexplorer'
-WORDS = 'import ipywidgets as W\nwords = W.Label()\nexplorer.studio.on_picture.append(lambda scene, picture: setattr(words, "value", explorer.stage.words.value))\nwords'
+CELL = 'from twocet_nb.explorer import Explorer\nexplorer = Explorer("faces-64")\nexplorer'
 RESULT = '''() => [...document.querySelectorAll('.twocet-picture canvas')].filter(canvas => canvas.getAttribute('aria-label') == 'Result')[0]'''
 PIXELS = f'''() => {{ const canvas = ({RESULT})(); const rgba = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data; return [canvas.width, ...rgba]; }}'''
 

@@ -278,7 +278,7 @@ def add_explore(commands):
     "The arguments of `twocet explore`."
     command = add_command(commands, explore, 'Open the explorer in a browser: all that the model can do, under your fingers. It is served to this computer alone.', 'twocet explore --model runs/first')
     option = command.add_argument
-    option('--model', metavar='NAME|RUN|FILE', default='faces-64', help='shipped weights, a run or a .safetensors file (default: faces-64)')
+    option('--model', metavar='NAME|RUN|FILE', default='faces-128', help='shipped weights, a run or a .safetensors file (default: faces-128)')
     option('--faces', metavar='ROOT', help="whose faces to choose from: a dataset folder, faces-64 or faces-128 (default: those of the model's size)")
     option('--run', metavar='DIR', help='a run whose checkpoints get a tab of their own')
     option('--port', type=int, default=8866, metavar='N', help='of the page (default: 8866, or the next free one)')
