@@ -279,6 +279,7 @@ class _RawBatches(Dataset):
 
     def __getitem__(self, i): return [_some(faces, self.numbers(i, face_type)) for face_type, faces in enumerate(self.faces)]
 
+# %% ../nbs/01_data.ipynb #4de9a771
 def _some(faces, numbers):
     "Some faces as one uint8 tensor; faces: a tensor, or a `FaceFolder`, which is read."
     return faces[numbers.to(faces.device)] if isinstance(faces, torch.Tensor) else torch.stack([faces[j] for j in numbers])

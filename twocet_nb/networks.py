@@ -40,6 +40,7 @@ def _check_config(config):
     if config.max_width < config.width:
         raise InputError(f'max_width {config.max_width} is smaller than width {config.width}; mend: raise max_width')
 
+# %% ../nbs/03_networks.ipynb #30dacef4
 class _Json:
     "A dataclass that goes to JSON and back."
     def to_dict(self):

@@ -442,8 +442,7 @@ class ReportingRun(SteppingRun):
 class Trainer(ReportingRun):
     """Trains 2CET-GAN: `Trainer(config, run_dir).fit()`, and `Trainer.resume(run_dir).fit()` to go on.
 
-    config: `TrainConfig`; run_dir: a new folder (default: runs/ and the time). It gets config.json, history.jsonl, checkpoints/ and samples/.
-    """
+    config: `TrainConfig`; run_dir: a new folder (default: runs/ and the time). It gets config.json, history.jsonl, checkpoints/ and samples/."""
     @classmethod
     def resume(cls, run_dir, quiet=False, evaluate=None, **changes):
         """The run in `run_dir` as it was at its newest whole checkpoint; `changes` replaces fields, such as steps=2000.

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MISUSE', 'FAMILIES', 'STEP', 'beside', 'FaceChooser', 'TransferView', 'to_square', 'near_weights', 'emotion_groups',
-           'MapView', 'Axes', 'raw_axes', 'principal_axes', 'SlidersView', 'likely', 'build', 'alone', 'shown',
-           'follow', 'pull', 'MixView']
+           'MapView', 'blend', 'walk', 'Axes', 'raw_axes', 'principal_axes', 'SlidersView', 'likely', 'build', 'alone',
+           'shown', 'follow', 'pull', 'MixView']
 
 # %% ../nbs/08f_views.ipynb #00000003
 import math
@@ -30,6 +30,7 @@ def beside(*widgets):
 MISUSE = ('Your own face, or one whose owner has agreed. <b>Not for</b> deceiving anybody about who said or felt what, for judging real people by their expressions, '
           'or for harassment. The picture stays on this computer; all that is exported is marked as synthetic.')
 
+# %% ../nbs/08f_views.ipynb #73c77c41
 class FaceChooser(Still):
     """A face from thumbnails, by chance or from a file. faces: a list of `Face`; label: 'Target' or 'Reference'; use: called with the `Face`; size: of the model's pictures."""
     def __init__(self, faces, label, use, size, index=-1):
@@ -121,20 +122,23 @@ class MapView(Still):
         if change.new: self.plane.path, self.play.value = [self.plane.position], 0
         self.record.description = 'Stop recording' if change.new else 'Record the path'
 
-    def blend(self, position):
-        "(indices of the faces nearest to a position, their shares, the blended code)."
-        far = np.linalg.norm(np.array(self.plane.points) - position, axis=1)
-        near = far.argsort(kind='stable')[:self.count]
-        weights = near_weights(far[near])
-        return near.tolist(), weights, torch.as_tensor(weights).float() @ self.values[near]
+# %% ../nbs/08f_views.ipynb #1f298d08
+def blend(view, position):
+    "(indices of the faces nearest to a position, their shares, the blended code)."
+    far = np.linalg.norm(np.array(view.plane.points) - position, axis=1)
+    near = far.argsort(kind='stable')[:view.count]
+    weights = near_weights(far[near])
+    return near.tolist(), weights, torch.as_tensor(weights).float() @ view.values[near]
 
-    def walk(self, change):
-        "Let the scene have the blend of the faces nearest to the cursor."
-        near, weights, code = self.blend(change.new)
-        if self.record.value: self.plane.path, self.play.max = [*self.plane.path, change.new], len(self.plane.path)
-        shares = [f'{self.plane.names[k]} {weight:.0%}' for k, weight in zip(near, weights)]
-        self.plane.near, self.words.value = near, f'A blend of the {self.count} nearest codes:<br>' + '<br>'.join(shares)
-        self.studio.change('map', code=code, about='map: ' + ', '.join(shares))
+def walk(view, change):
+    "Let the scene have the blend of the faces nearest to the cursor."
+    near, weights, code = view.blend(change.new)
+    if view.record.value: view.plane.path, view.play.max = [*view.plane.path, change.new], len(view.plane.path)
+    shares = [f'{view.plane.names[k]} {weight:.0%}' for k, weight in zip(near, weights)]
+    view.plane.near, view.words.value = near, f'A blend of the {view.count} nearest codes:<br>' + '<br>'.join(shares)
+    view.studio.change('map', code=code, about='map: ' + ', '.join(shares))
+
+MapView.blend, MapView.walk = blend, walk
 
 # %% ../nbs/08f_views.ipynb #00000020
 @dataclass(frozen=True, eq=False)
@@ -217,6 +221,7 @@ def alone(view, act):
     try: act()
     finally: view.deaf = False
 
+# %% ../nbs/08f_views.ipynb #dd0eb97c
 def shown(values): return np.round(np.clip(values, -4, 4) / STEP) * STEP
 
 def follow(view, scene):
