@@ -9,6 +9,7 @@ __all__ = ['bundled_for', 'test_codes', 'first_scene', 'Stage', 'follow', 'Explo
 # %% ../nbs/09_explorer.ipynb #00000003
 import html
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,5 +148,7 @@ def serve(model='faces-128', faces=None, run=None, port=8866, token=True, browse
     with TemporaryDirectory() as folder:
         notebook = Path(folder)/'explorer.ipynb'
         notebook.write_text(explorer_notebook(*places), encoding='utf-8')
-        try: return subprocess.run(voila_command(notebook, port, token, browser)).returncode
-        except KeyboardInterrupt: return 0
+        server = subprocess.Popen(voila_command(notebook, port, token, browser))
+        signal.signal(signal.SIGTERM, lambda *_: server.terminate())    # who ends us ends the server and its kernels, too
+        try: return max(0, server.wait())
+        except KeyboardInterrupt: return max(0, server.wait())    # it has had the Ctrl-C as well
