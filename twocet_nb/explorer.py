@@ -135,6 +135,7 @@ def voila_command(notebook, port=8866, token=True, browser=True):
     options = [f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.file_whitelist=[]', '--Voila.config_file_paths=[]']
     return [sys.executable, '-m', 'voila', str(notebook), *options, *['--token'] * token, *['--no-browser'] * (not browser)]
 
+# %% ../nbs/09_explorer.ipynb #710ca849
 def serve(model='faces-128', faces=None, run=None, port=8866, token=True, browser=True):
     """Serve an `Explorer` on this computer until Ctrl-C, and return the exit code. Parameters as of `Explorer`; port: 0 takes a free one; token: asked for by the page.
 
