@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from ship import NAMES
 
 from twocet_nb.config import read_config
 from twocet_nb.demo import commit
+from twocet_nb.features import FaceReader
 from twocet_nb.networks import save_networks
 from twocet_nb.runs import latest_checkpoint, open_networks
 from twocet_nb.trainer import Trainer
@@ -22,7 +24,6 @@ from twocet_nb.transfer import averaged_model
 from twocet_nb.truth import Exam, judge_truth, truth_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ['generator', 'encoder', 'discriminator', 'generator_ema', 'encoder_ema']
 
 
 def numbers(run, exam):
@@ -48,7 +49,6 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     config, checkpoint = replace(read_config(args.run), lr_fall=0.), latest_checkpoint(args.run)    # the same rates for both
-    from twocet_nb.features import FaceReader
     size = config.network.image_size
     exam = Exam(truth_pairs(f'truth-{size}'), size, FaceReader.pretrained())
     with tempfile.TemporaryDirectory() as folder:

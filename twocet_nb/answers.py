@@ -8,6 +8,7 @@ __all__ = ['TruthView', 'can_render', 'render_scene', 'LiveTruthView', 'checkpoi
 
 # %% ../nbs/08g_answers.ipynb #00000003
 import html
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,8 +80,10 @@ class LiveTruthView(TruthView):
 
     def render(self):
         "Ask for it, or say why not."
-        self.words.value = can_render(self.studio.scene) or 'Rendering ...'
-        if not can_render(self.studio.scene): self.artist.ask(self.studio.scene)
+        scene = self.studio.scene
+        why_not = can_render(scene)
+        self.words.value = why_not or 'Rendering ...'
+        if not why_not: self.artist.ask(scene)
 
     def compare(self, wanted): return super().compare(wanted) if isinstance(wanted, int) else render_scene(self, wanted)
 
@@ -146,8 +149,7 @@ def export_path(view):
     map_view = view.map_view()
     path = map_view.plane.path if map_view else []
     if len(path) < 2: raise InputError('no path; mend: record one on the map')
-    scene, blends = view.studio.scene, [map_view.blend(position)[2] for position in path]
-    pictures = [view.studio.model.apply(scene.target.pixels[None], code, scene.strength, target_type=scene.target.face_type)[0] for code in blends]
+    pictures = [replace(view.studio.scene, code=map_view.blend(position)[2]).draw(view.studio.model) for position in path]
     return gif(pictures, view.note.value, _scale(view)), 'path.gif', f'path.gif: {len(path)} places on the map'
 
 def export_code(view):

@@ -195,7 +195,7 @@ def starting_networks(config, resuming=False):
     "The five networks a run starts with: new ones from its seed, or, unless it is resumed, those of `config.start_from`, of whatever picture size."
     if resuming or not config.start_from: return with_averages(build_networks(config.network, config.seed))
     found, networks = open_networks(config.start_from, ['generator', 'encoder', 'discriminator'])
-    if found.inner_size != config.network.inner_size or replace(found, image_size=1024, shrink=1) != replace(config.network, image_size=1024, shrink=1):
+    if found.inner_size != config.network.inner_size or found != replace(config.network, image_size=found.image_size, shrink=found.shrink):
         raise InputError(f'start_from {config.start_from}: its networks are {found}, the run asks for {config.network}')
     started = build_networks(config.network)
     for name in started: started[name].load_state_dict(networks[name].state_dict())

@@ -125,10 +125,9 @@ class MapView(Still):
 # %% ../nbs/08f_views.ipynb #1f298d08
 def blend(view, position):
     "(indices of the faces nearest to a position, their shares, the blended code)."
-    far = np.linalg.norm(np.array(view.plane.points) - position, axis=1)
-    near = far.argsort(kind='stable')[:view.count]
-    weights = near_weights(far[near])
-    return near.tolist(), weights, torch.as_tensor(weights).float() @ view.values[near]
+    near = view.plane.nearest(view.count, position)
+    weights = near_weights(np.linalg.norm(np.array(view.plane.points)[near] - position, axis=1))
+    return near, weights, torch.as_tensor(weights).float() @ view.values[near]
 
 def walk(view, change):
     "Let the scene have the blend of the faces nearest to the cursor."

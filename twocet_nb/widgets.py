@@ -671,9 +671,9 @@ class _PlaneMap(_PlaneState):
             self.colours = [to_hex(colour) for colour in palette(max(1, len(groups)))]
             self.sheet, self.across = _sheet(faces, self.tile) if len(faces) else (b'', 1)
 
-    def nearest(self, count=1):
-        "Indices of the `count` points nearest to the cursor, the nearest first."
-        far = np.linalg.norm(np.reshape(self.points, (-1, 2)) - self.position, axis=1)
+    def nearest(self, count=1, position=None):
+        "Indices of the `count` points nearest to a position, by default the cursor's, the nearest first."
+        far = np.linalg.norm(np.reshape(self.points, (-1, 2)) - (self.position if position is None else position), axis=1)
         return far.argsort(kind='stable')[:count].tolist()
 
 # %% ../nbs/08d_plane.ipynb #0000001e
