@@ -50,15 +50,15 @@ def test_every_network_learned(whole):
 
 def test_pairs_are_the_same_from_files_and_from_memory(few_faces):
     folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
-    resident, workers = (PairBatches(*folders, batch_size=4, memory=memory, quiet=True) for memory in ('resident', 'workers'))
+    resident, workers = (PairBatches(*folders, batch_size=4, memory=memory) for memory in ('resident', 'workers'))
     for number in (0, 3):
         assert all(torch.equal(a, b) for a, b in zip(resident[number], workers[number]))
 
 
 def test_shares_of_several_processes_make_the_whole_batch(few_faces):
     folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
-    halves = [PairBatches(*folders, batch_size=4, rank=rank, world=2, quiet=True)[1] for rank in (0, 1)]
-    whole = PairBatches(*folders, batch_size=4, quiet=True)[1]
+    halves = [PairBatches(*folders, batch_size=4, rank=rank, world=2)[1] for rank in (0, 1)]
+    whole = PairBatches(*folders, batch_size=4)[1]
     assert all(torch.allclose(torch.cat(parts), all_, atol=1e-6) for *parts, all_ in zip(*halves, whole))
 
 

@@ -55,7 +55,7 @@ def _check_cycles(config):
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
              | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay',
-                              'lr_fall', 'disturb', 'borrowed'), 0))
+                              'lr_fall', 'borrowed'), 0))
 _BELOW = dict(beta1=1, ema_decay=1, lr_fall=1.01, borrowed=1.01)
 
 def checked(config):
@@ -80,7 +80,7 @@ class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
     data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`;
-    borrowed: the share that are codes of other faces instead; paired: see `PairBatches`; disturb: see `disturb`; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    borrowed: the share that are codes of other faces instead; paired: see `PairBatches`; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -97,7 +97,6 @@ class TrainConfig(RunOptions):
     cycles: str = 'ab ab a'
     borrowed: float = 0.
     paired: bool = False
-    disturb: float = 0.
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
@@ -123,8 +122,8 @@ def unpaired_losses(steps=4_000):
 
 # %% ../nbs/04b_config.ipynb #new00005
 def course_losses(steps=4_000):
-    "For a short run on a CPU, with pairs: the right answers alone, in the last two fifths also D and the way back of cycle (a)."
-    act = max(1, steps * 3 // 5)
+    "For a short run on a CPU, with pairs: the right answers alone, in the last fifth also D and the way back of cycle (a)."
+    act = max(1, steps * 4 // 5)
     late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 75), weight)))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
     return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
@@ -145,8 +144,8 @@ def _unpaired(steps=4000, **changes):
 def _course(steps=4000, **changes):
     "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights faces-64."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=course_losses(steps), precision='bf16',
-                  batch_size=8, paired=True, disturb=1., cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
-                  lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, lr_fall=.2, sample_every=100, save_every=100)
+                  batch_size=8, paired=True, cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
+                  lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, lr_fall=.5, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _course128(steps=1200, **changes):

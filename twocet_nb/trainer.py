@@ -67,19 +67,18 @@ def ask_encoder(ask, wanted, relative=False):
     return {name: both[name] - both[f'{name}, neutral'] for name in wanted}
 
 # %% ../nbs/05_trainer.ipynb #0000002b
-def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, seen=None, relative=False):
+def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, relative=False):
     """What the losses of E and G want to know: {loss: D's logits, E's code or G's face}, for all losses with a weight.
 
-    fakes: what `make_fakes` returned; seen: real faces by face type, as E sees them (default: x_n, x_e); relative: codes are
-    differences to those of x_n, see `pairs.read_codes`. Equations 1 to 3, 6 and 7; the way back of cycle (b) uses the code of
+    fakes: what `make_fakes` returned; relative: codes are differences to those of the person's neutral face, for the real face the one
+    in fakes, see `pairs.read_codes`. Equations 1 to 3, 6 and 7; the way back of cycle (b) uses the code of
     the real face, and so does the emotional face of a pair.
     """
     on, zero, ask = {n for n in NEEDS if weights[n] and NEEDS[n] in fakes}, torch.zeros_like(code), partial(together, one_pass=one_pass)
     if weights['pair_e']: on.add('pair_e')
     logits = ask(D, {name: typed(fakes[NEEDS[name]], NEEDS[name]) for name in ('adv_e', 'adv_n') if name in on})
-    seen = seen or {0: x_n, 1: x_e}
     wanted = dict(code=(fakes.get(1), x_n)) if 'code' in on else {}
-    if on & {'cyc_e', 'pair_e'}: wanted['real'] = seen[1], seen[0]
+    if on & {'cyc_e', 'pair_e'}: wanted['real'] = x_e, fakes[0].detach().clamp(-1, 1) if 0 in fakes else x_n
     codes = ask_encoder(partial(ask, E), wanted, relative)
     back = dict(cyc_n=(fakes.get(1), zero), cyc_e=(fakes.get(0), codes.get('real')), pair_e=(x_n, codes.pop('real', None)))
     back = {name: inputs for name, inputs in back.items() if name in on}
@@ -87,12 +86,12 @@ def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, seen=No
     return logits | codes | ask(G, back) | ({'pair_n': fakes[0]} if 'pair_n' in on else {})
 
 # %% ../nbs/05_trainer.ipynb #0000002f
-def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True, speed=Speed(), seen=None, relative=False):
+def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True, speed=Speed(), relative=False):
     """What E and G minimise in one sub-step (equations 5 and 8 added up), and its terms by name.
 
-    fakes: what `make_fakes` returned; code, code_2: (N, code_dim); seen, relative: as in `ask_networks`. Returns (loss or None, {name: tensor}).
+    fakes: what `make_fakes` returned; code, code_2: (N, code_dim); relative: as in `ask_networks`. Returns (loss or None, {name: tensor}).
     """
-    answers = ask_networks(G, E, D, x_n, x_e, fakes, code, weights, speed.one_pass, seen, relative)
+    answers = ask_networks(G, E, D, x_n, x_e, fakes, code, weights, speed.one_pass, relative)
     compare = dict(adv_e=lambda logits: adversarial_loss(logits, True), adv_n=lambda logits: adversarial_loss(logits, True),
                    cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code), identity=partial(cycle_loss, x_n))
     if answers.keys() & {'pair_e', 'pair_n'}:
@@ -140,14 +139,14 @@ from .config import CYCLES, TrainConfig, find_data, only, preset
 from .data import FaceBatches, InputError, _seed_from, image_grid
 from .memory import check_memory
 from .networks import pick_device
-from .pairs import PairBatches, disturb
+from .pairs import PairBatches
 from .runs import History, load_checkpoint, open_networks, prune_checkpoints, save_checkpoint
 from .speed import make_adam, speed_up
 
 # %% ../nbs/05a_run.ipynb #00000009
-def make_batches(config, device, rank=0, world=1, quiet=True):
-    "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each; quiet: no progress bar."
-    kind = partial(PairBatches, quiet=quiet) if config.paired else FaceBatches
+def make_batches(config, device, rank=0, world=1):
+    "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each."
+    kind = PairBatches if config.paired else FaceBatches
     return kind(*find_data(config.data, config.network.image_size, 'train'), config.batch_size, config.seed,
                 device, memory=config.memory, workers=config.workers, rank=rank, world=world)
 
@@ -275,7 +274,7 @@ class TrainingRun:
         if config.memory_check: check_memory(networks, config, self.device)
         self.networks = networks.to(self.device)
         self.optimizers = make_optimizers(self.networks, config)
-        self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes, self.quiet)
+        self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         if checkpoint is not None: self.restore(checkpoint)
         self.history, self.evaluations = (History(self.run_dir/f'{name}.jsonl', last_step=self.step) for name in ('history', 'evaluations'))
 
@@ -341,15 +340,14 @@ def sub_step(run, number, weights, cycles='ab'):
     code, code_2 = draw_codes(run.config, number, run.device, run.batches.raw.share)
     G, E, D = (in_precision(network, run.accelerator.autocast) for network in run.called.values())
     full_precision = in_precision(d_network, partial(torch.autocast, run.device.type, enabled=False))
-    seen = {t: disturb(x, (run.config.seed, number), run.config.disturb) for t, x in enumerate((x_n, x_e))}
-    if any(weights[name] for name in CYCLES['a']): code = borrow_codes(E, seen[1], code, run.config.borrowed, seen[0] if relative else None)
+    if any(weights[name] for name in CYCLES['a']): code = borrow_codes(E, x_e, code, run.config.borrowed, x_n if relative else None)
     fakes = partial(make_fakes, G, x_n, x_e, code, weights, speed.one_pass)
     with torch.set_grad_enabled(speed.share_fakes): shown = fakes()
     d_loss, d_terms = run.phases['d'](discriminator_loss, full_precision, {1: x_e, 0: x_n}, shown, weights, losses.r1_weight(number), D, speed.one_pass)
     run.update(['discriminator'], d_loss)
     with frozen(d_network) if speed.freeze else nullcontext():
         shown = shown if speed.share_fakes else fakes()
-        g_loss, g_terms = run.phases['g'](generator_loss, G, E, D, x_n, x_e, shown, code, code_2, weights, losses.proportional_diversity, speed, seen, relative)
+        g_loss, g_terms = run.phases['g'](generator_loss, G, E, D, x_n, x_e, shown, code, code_2, weights, losses.proportional_diversity, speed, relative)
         run.update(['generator', 'encoder'], g_loss)
     terms = {name: term.detach() for name, term in (d_terms | g_terms).items()}
     run.unchecked.append((number, terms))
