@@ -18,7 +18,7 @@ from twocet_nb.answers import LiveTruthView
 from twocet_nb.codespace import embed
 from twocet_nb.data import bundled, to_tensor
 from twocet_nb.runs import SYNTHETIC
-from twocet_nb.scene import Scene, Studio, named_faces
+from twocet_nb.scene import Scene, Studio, expression, named_faces
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import truth_pairs
 
@@ -205,7 +205,7 @@ def test_truth_rendered_on_demand():
     faces = {face.path: face for face in named_faces(codes, 'faces-64', 64)}
     pair = next(pair for pair in truth_pairs('truth-64') if pair.kind == 'cross')
     target, reference = faces[str(pair.target)], faces[str(pair.reference)]
-    view = LiveTruthView(Studio(model, Scene(target, model.encode(reference.pixels[None])[0], reference=reference)), [pair])
+    view = LiveTruthView(Studio(model, Scene(target, **expression(model, reference))), [pair])
     view.render()
     assert view.artist.wait(300) and view.artist.error is None and 'picture' in view.words.value
     answer = Image.frombytes('RGB', (64, 64), view.pictures[3].pixels)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .data import InputError, face_name, image_grid, packs, read_csv, to_tensor
 from .features import HARDLY, FaceReader, r_squared
-from .config import data_root
+from .config import bundled_for, data_root
 from .transfer import l1
 
 # %% ../nbs/07c_truth.ipynb #00000007
@@ -267,7 +267,7 @@ def judge_truth(model, pairs=None, reader=None):
     `CANDIDATES` errors have `remaining`. se: the standard error, counted by people (see `jackknife`). Raises InputError as `transfer_errors` does.
     """
     size = model.config.image_size
-    if pairs is None: pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}')
+    if pairs is None: pairs = truth_pairs(bundled_for('truth', size))
     exam = pairs if isinstance(pairs, Exam) else Exam(pairs, size, reader or FaceReader.pretrained())
     if exam.reader is None: raise InputError(f'an exam without a reader; mend: Exam(pairs, {size}, FaceReader.pretrained())')
     rows, protocol = transfer_errors(model, exam), f'exact truth, {size} px, read by {exam.reader.protocol}'
