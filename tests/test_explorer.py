@@ -19,6 +19,7 @@ from twocet_nb.codespace import embed
 from twocet_nb.data import bundled, to_tensor
 from twocet_nb.runs import SYNTHETIC
 from twocet_nb.scene import Scene, Studio, expression, named_faces
+from twocet_nb.trainer import Trainer, preset
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import truth_pairs
 
@@ -32,6 +33,8 @@ def address(tmp_path_factory):
     work = tmp_path_factory.mktemp('explorer')
     write_notebook(work/'one.ipynb', CELL)
     write_notebook(work/'two.ipynb', CELL)
+    Trainer(preset('tiny', data='faces-64', steps=2, save_every=1, keep=0), work/'run', quiet=True).fit()
+    write_notebook(work/'run.ipynb', CELL.replace('"faces-64"', '"faces-64", run="run"'))
     with lab(work) as address:
         yield address
 
@@ -75,20 +78,24 @@ def press(page, locator, key, times=1):
     wait_for_picture(page, before)
 
 
+def strength(page):
+    return page.get_by_role('slider', name='Strength')
+
+
 def caption(page):
     return page.get_by_text('Expression:').first.inner_text()
 
 
 class TestLab:
     def test_strength_by_keyboard(self, page):
-        press(page, page.get_by_role('slider').first, 'End')
+        press(page, strength(page), 'End')
         assert 'strength 1.50' in caption(page)
         strong = pixels(page)
-        press(page, page.get_by_role('slider').first, 'Home')
+        press(page, strength(page), 'Home')
         assert 'strength 0.00' in caption(page)
         model, target = TwoCET.pretrained(), sorted((bundled('faces-64')/'test/a_n').iterdir())[0]
         assert pixels(page).tobytes() == model.neutralise(target).tobytes() != strong.tobytes(), 'the right pixels'
-        press(page, page.get_by_role('slider').first, 'End')
+        press(page, strength(page), 'End')
         assert pixels(page).tobytes() == strong.tobytes()
         shot(page, 'explorer-transfer')
 
@@ -126,7 +133,9 @@ class TestLab:
         page.keyboard.press('ArrowRight')
         page.keyboard.press('Enter')
         knob = page.get_by_role('slider').nth(1)
-        page.get_by_text('1: ').first.wait_for(timeout=30_000)
+        knob.wait_for(timeout=30_000)
+        names = [slider.get_attribute('aria-label') for slider in page.get_by_role('slider').all()]
+        assert names[0] == 'Strength' and [name[:3] for name in names[1:]] == [f'{k}: ' for k in range(1, 9)], 'each says what it moves'
         before, was = pixels(page), caption(page)
         assert 'map:' in was, 'opening the tab pulls nothing'
         press(page, knob, 'ArrowRight', 30)
@@ -169,11 +178,29 @@ class TestLab:
         from_line = eval(line, dict(TwoCET=TwoCET, bundled=lambda name: bundled(name)), {}) if 'bundled(' in line else None
         assert from_line is not None and from_line.tobytes() == pixels(page).tobytes(), 'the line of Python makes the picture'
 
+    def test_checkpoints_by_keyboard(self, page, address):
+        other = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+        open_explorer(other, f'{address}/doc/tree/run.ipynb')
+        tab(other, 'Checkpoints')
+        step, drawn = other.get_by_role('slider', name='Step'), other.get_by_role('img', name='Checkpoint')
+        drawn.wait_for(timeout=30_000)
+        step.focus()
+        shown = []
+        for key, said in (('End', '2'), ('Home', '0'), ('ArrowRight', '1'), ('End', '2')):
+            before = drawn.get_attribute('data-serial')
+            other.keyboard.press(key)
+            other.wait_for_function('([canvas, before]) => canvas.dataset.serial != before', arg=[drawn.element_handle(), before], timeout=30_000)
+            assert step.get_attribute('aria-valuetext') == said
+            shown.append(drawn.evaluate('canvas => canvas.toDataURL()'))
+        assert len(set(shown)) == 3 and shown[0] == shown[3], 'three steps, three pictures, and the way back'
+        shot(other, 'explorer-checkpoints')
+        other.close()
+
     def test_two_pages_at_once(self, page, address):
         second = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
         open_explorer(second, f'{address}/doc/tree/two.ipynb')
         mine = pixels(page)
-        press(second, second.get_by_role('slider').first, 'Home')
+        press(second, strength(second), 'Home')
         assert pixels(page).tobytes() == mine.tobytes() != pixels(second).tobytes(), 'each has its own'
         second.close()
 
@@ -182,7 +209,7 @@ class TestLab:
         page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait_for_timeout(3000)
         page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
-        press(page, page.get_by_role('slider').first, 'Home')
+        press(page, strength(page), 'Home')
         assert 'strength 0.00' in caption(page)
 
 
@@ -232,7 +259,7 @@ def test_served_to_this_computer_alone(tmp_path, page):
             page.goto(place, timeout=90_000)
             page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
             before = pixels(page)
-            press(page, page.get_by_role('slider').first, 'Home')
+            press(page, strength(page), 'Home')
             assert pixels(page).tobytes() != before.tobytes()
             shot(page, 'explorer-served')
         finally:

@@ -22,7 +22,7 @@ from .scene import gif, png, python_line, scene_json, sweep
 from .transfer import TwoCET
 from .truth import error_map, masked_l1, read_pictures, truth_pairs
 from .views import View, beside
-from .widgets import Latest, Picture, download_link
+from .widgets import Latest, Picture, Slider, download_link
 
 # %% ../nbs/08g_answers.ipynb #00000008
 def draw_and_judge(model, target, reference, answer, right, region):
@@ -105,14 +105,15 @@ class RunView(View):
         super().__init__(studio)
         self.folders, self.load = checkpoints(run), lru_cache(8)(lambda step: TwoCET.load(self.folders[step]))
         self.picture = Picture('Checkpoint', scale=256 / studio.model.config.image_size)
-        self.step, self.words, self.still = W.SelectionSlider(options=list(self.folders), description='Step'), W.HTML(), self.picture.still
+        steps = [str(step) for step in self.folders]
+        self.step, self.words, self.still = Slider('Step', max=len(steps) - 1, step=1, texts=steps), W.HTML(), self.picture.still
         def sorry(error): self.words.value = html.escape(str(error))
         self.artist = Latest(self.draw, self.picture.show, sorry)
         self.step.observe(lambda _: self.follow(studio.scene), 'value')
         self.children = [self.step, self.picture, self.words]
         self.follow(studio.scene)
 
-    def follow(self, scene): self.artist.ask((self.step.value, scene))
+    def follow(self, scene): self.artist.ask((list(self.folders)[int(self.step.value)], scene))
 
     def draw(self, wanted):
         "What the model of a step draws of a scene, reading the reference itself: (3, S, S)."

@@ -25,7 +25,7 @@ from .data import InputError
 from .scene import Scene, Studio, expression, named_faces
 from .transfer import TwoCET
 from .views import MapView, MixView, SlidersView, TransferView, beside
-from .widgets import Picture, Still
+from .widgets import Picture, Slider, Still
 
 # %% ../nbs/09_explorer.ipynb #00000006
 def unseen_codes(model, data):
@@ -45,7 +45,7 @@ class Stage(Still):
         self.result, self.words = Picture('Result', scale=scale, other_label='Target'), W.HTML()
         self.view = W.ToggleButtons(options=[('Result', 'one'), ('Blink', 'blink'), ('Side by side', 'beside')], tooltips=['', 'against the target', 'with the target'])
         self.undo, self.redo = W.Button(description='Undo', icon='undo'), W.Button(description='Redo', icon='repeat')
-        self.strength = W.FloatSlider(studio.scene.strength, min=0, max=1.5, step=.01, description='Strength', layout=W.Layout(width='460px'))
+        self.strength = Slider('Strength', studio.scene.strength, max=1.5)
         self.strength.observe(lambda change: studio.scene.strength == change.new or studio.change('strength', strength=change.new), 'value')
         W.link((self.view, 'value'), (self.result, 'view'))
         self.undo.on_click(lambda _: studio.undo())
