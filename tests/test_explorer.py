@@ -9,7 +9,9 @@ import urllib.error
 import urllib.request
 import zlib
 from base64 import b64decode
+from contextlib import contextmanager
 
+import psutil
 import pytest
 from browser import ROOT, chromium, free_port, lab, run_all, shot, write_notebook
 from PIL import Image
@@ -178,6 +180,24 @@ class TestLab:
         from_line = eval(line, dict(TwoCET=TwoCET, bundled=lambda name: bundled(name)), {}) if 'bundled(' in line else None
         assert from_line is not None and from_line.tobytes() == pixels(page).tobytes(), 'the line of Python makes the picture'
 
+    def test_a_code_comes_back(self, page, tmp_path):
+        tab(page, 'Export')
+        page.get_by_role('button', name='Code', exact=True).click()
+        link = page.locator('a[download="scene.json"]')
+        link.wait_for(timeout=30_000)
+        (tmp_path/'mine.json').write_bytes(b64decode(link.get_attribute('href').partition(',')[2]))
+        (tmp_path/'diary.json').write_text('Dear model,')
+        before = pixels(page)
+        press(page, strength(page), 'Home')
+        assert page.locator('textarea').last.input_value().count('strength=0.0') == 1 and pixels(page).tobytes() != before.tobytes()
+        field = page.get_by_label('A code that was exported')
+        field.set_input_files(tmp_path/'diary.json')
+        page.get_by_text('diary.json: not a scene').wait_for(timeout=30_000)
+        was = serial(page)
+        field.set_input_files(tmp_path/'mine.json')
+        wait_for_picture(page, was)
+        assert pixels(page).tobytes() == before.tobytes() and 'mine.json' in caption(page)
+
     def test_checkpoints_by_keyboard(self, page, address):
         other = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
         open_explorer(other, f'{address}/doc/tree/run.ipynb')
@@ -239,32 +259,56 @@ def test_truth_rendered_on_demand():
     assert (to_tensor(answer) - to_tensor(pair.answer)).abs().mean() < .02
 
 
-def test_served_to_this_computer_alone(tmp_path, page):
-    """Voila: no page without the token; with it the same explorer."""
-    port = free_port()
+@contextmanager
+def served(folder):
+    "`twocet explore` on a free port; yields its process and the address with the token. Ended with SIGTERM, it leaves nothing behind."
     variables = {key: value for key, value in os.environ.items() if key not in ('IN_TEST', 'MPLBACKEND')}
-    log = tmp_path/'log'
-    page = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+    variables |= {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'IPYTHONDIR': str(folder/'ipython')}
+    log = folder/'log'
     with log.open('w') as output:
-        server = subprocess.Popen([sys.executable, '-m', 'twocet_nb.cli', 'explore', '--port', str(port), '--no-browser'], cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT,
-                                  env=variables | {'PYTHONPATH': str(ROOT), 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'IPYTHONDIR': str(tmp_path/'ipython')})
+        server = subprocess.Popen([sys.executable, '-m', 'twocet_nb.cli', 'explore', '--port', str(free_port()), '--no-browser'],
+                                  cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        family = []
         try:
-            place = served_at(log, server)
-            root = place.partition('?')[0]
-            for door in ('', 'api/kernels'):
-                with urllib.request.urlopen(root + door, timeout=60) as answer:
-                    assert '/login' in answer.url and b'twocet' not in answer.read().lower()
-            with pytest.raises(urllib.error.HTTPError, match='403'):
-                urllib.request.urlopen(f'{root}api/kernels', data=b'{}', timeout=60)
-            page.goto(place, timeout=90_000)
-            page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
-            before = pixels(page)
-            press(page, strength(page), 'Home')
-            assert pixels(page).tobytes() != before.tobytes()
-            shot(page, 'explorer-served')
+            yield server, served_at(log, server)
+            family = psutil.Process(server.pid).children(recursive=True)
         finally:
             server.terminate()
             server.wait(30)
+            _, alive = psutil.wait_procs(family, 30)
+            for process in alive: process.kill()
+        assert not alive, f'still there after SIGTERM: {alive}'
+
+
+def test_served_to_this_computer_alone(tmp_path, page):
+    """Voila: no page without the token; with it the same explorer."""
+    page = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+    with served(tmp_path) as (_, place):
+        root = place.partition('?')[0]
+        for door in ('', 'api/kernels'):
+            with urllib.request.urlopen(root + door, timeout=60) as answer:
+                assert '/login' in answer.url and b'twocet' not in answer.read().lower()
+        with pytest.raises(urllib.error.HTTPError, match='403'):
+            urllib.request.urlopen(f'{root}api/kernels', data=b'{}', timeout=60)
+        page.goto(place, timeout=90_000)
+        page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
+        before = pixels(page)
+        press(page, strength(page), 'Home')
+        assert pixels(page).tobytes() != before.tobytes()
+        shot(page, 'explorer-served')
+
+
+def test_what_ends_the_command_ends_its_server(tmp_path):
+    """SIGTERM, as `kill` and service managers send it: Voila goes with the command, its kernel goes with Voila, and the port is free."""
+    pytest.importorskip('voila')
+    with served(tmp_path) as (server, place):
+        urllib.request.urlopen(place, timeout=90).close()     # a visitor without a browser: there is a kernel now
+        deadline = time.monotonic() + 60
+        while len(psutil.Process(server.pid).children(recursive=True)) < 2 and time.monotonic() < deadline: time.sleep(.2)
+        assert len(psutil.Process(server.pid).children(recursive=True)) >= 2, 'Voila and a kernel'
+    assert server.returncode == 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(place, timeout=10)
 
 
 def served_at(log, server, seconds=90):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_and_judge', 'TruthView', 'can_render', 'render_scene', 'LiveTruthView', 'checkpoints', 'RunView', 'ExportView',
-           'export_picture', 'export_sweep', 'export_path', 'export_code']
+           'export_picture', 'export_sweep', 'export_path', 'export_code', 'bring']
 
 # %% ../nbs/08g_answers.ipynb #00000003
 import html
@@ -18,11 +18,11 @@ import torch
 
 from .config import bundled_for
 from .data import InputError, image_grid, to_tensor
-from .scene import gif, png, python_line, scene_json, sweep
+from .scene import code_from_json, gif, png, python_line, scene_json, sweep
 from .transfer import TwoCET
 from .truth import error_map, masked_l1, read_pictures, truth_pairs
 from .views import View, beside
-from .widgets import Latest, Picture, Slider, download_link
+from .widgets import Latest, Picture, Slider, Upload, download_link
 
 # %% ../nbs/08g_answers.ipynb #00000008
 def draw_and_judge(model, target, reference, answer, right, region):
@@ -40,7 +40,7 @@ class TruthView(View):
         super().__init__(studio)
         self.size = studio.model.config.image_size
         self.pairs = truth_pairs(bundled_for('truth', self.size)) if pairs is None else pairs
-        self.pictures = [Picture(label, scale=160 / self.size) for label in ('Target', 'Reference', 'Generated', 'Truly rendered', 'Error')]
+        self.pictures = [Picture(label, scale=160 / self.size) for label in ('Target', 'Reference', 'Generated', 'Truly rendered', 'Too bright (yellow), too dark (blue)')]
         self.number, self.words = W.BoundedIntText(0, min=0, max=len(self.pairs) - 1, description='Pair'), W.HTML()
         self.still = lambda: image_grid([[picture.still() for picture in self.pictures]])
         self.artist = Latest(self.compare, self.tell)
@@ -102,8 +102,9 @@ def checkpoints(run):
 class RunView(View):
     """The same picture through the checkpoints of a run. studio: a `Studio`; run: the folder. Raises InputError for a run without checkpoints."""
     def __init__(self, studio, run):
+        self.folders = checkpoints(run)    # before anything listens to the scene
         super().__init__(studio)
-        self.folders, self.load = checkpoints(run), lru_cache(8)(lambda step: TwoCET.load(self.folders[step]))
+        self.load = lru_cache(8)(lambda step: TwoCET.load(self.folders[step]))
         self.picture = Picture('Checkpoint', scale=256 / studio.model.config.image_size)
         steps = [str(step) for step in self.folders]
         self.step, self.words, self.still = Slider('Step', max=len(steps) - 1, step=1, texts=steps), W.HTML(), self.picture.still
@@ -134,7 +135,9 @@ class ExportView(View):
         def say(text): self.link.value = text
         self.artist = Latest(lambda make: make(), lambda made: say(download_link(*made).value), lambda error: say(html.escape(str(error))))
         for button, make in zip(self.buttons, makers.values()): button.on_click(lambda _, make=make: self.artist.ask(make))
-        self.children = [W.HBox(self.buttons), self.note, self.link, self.line]
+        self.back = Upload('A code that was exported:', limit=100_000, accept='.json')
+        self.back.on_upload(self.bring)
+        self.children = [W.HBox(self.buttons), self.note, self.link, self.line, self.back]
         self.follow(studio.scene)
 
     def follow(self, scene): self.line.value = python_line(scene, self.name)
@@ -162,4 +165,11 @@ def export_code(view):
     "... of the scene as JSON."
     return scene_json(view.studio.scene, view.name).encode(), 'scene.json', 'scene.json: the code and all settings'
 
-ExportView.picture, ExportView.sweep, ExportView.path, ExportView.code = export_picture, export_sweep, export_path, export_code
+def bring(view, name, content):
+    "Let the scene have the code and the strength of an exported file, its bytes. Raises InputError, which names it, for another file."
+    try: code, strength, model = code_from_json(content, view.studio.model.config.code_dim)
+    except InputError as error: raise InputError(f'{name}: {error}') from error
+    view.studio.change(code=code, strength=strength, about=name)
+    view.back.say(f'{name}: here it is' if model == view.name else f'{name}: a code of {model}, which may mean something else to {view.name}')
+
+ExportView.picture, ExportView.sweep, ExportView.path, ExportView.code, ExportView.bring = export_picture, export_sweep, export_path, export_code, bring

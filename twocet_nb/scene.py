@@ -163,11 +163,11 @@ def scene_json(scene, model='faces-64'):
                            strength=scene.strength, code=[float(f'{value:.9g}') for value in scene.code.tolist()], python=python_line(scene, model)), indent=1)
 
 def code_from_json(text, code_dim):
-    """(code (d,), strength) of what `scene_json` wrote. Raises InputError for anything else, or a code of another length."""
+    """(code (d,), strength, what `TwoCET.load` opens) of what `scene_json` wrote, text or bytes. Raises InputError for anything else, or a code of another length."""
     try:
         found = json.loads(text)
-        code, strength = found['code'], found['strength']
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f'not a scene ({error}); mend: give a file that the explorer exported') from error
+        code, strength, model = found['code'], found['strength'], str(found['model'])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f'not a scene ({error!r}); mend: give a file that the explorer exported') from error
     check_numbers(strength=strength)
-    return check_codes(code, code_dim)[0], float(strength)
+    return check_codes(code, code_dim)[0], float(strength), model

@@ -297,9 +297,9 @@ def print_truth(numbers):
 
 # %% ../nbs/07c_truth.ipynb #00000036
 def error_map(drawn, right):
-    """Where drawings are too bright (red) or too dark (blue), white where right: (N, 3, H, W) in [-1, 1]; full colour from a difference of .5."""
+    """Where drawings are too bright (up to yellow) or too dark (down to blue), grey where right: (N, 3, H, W) in [-1, 1]; full colour from a difference of .5."""
     wrong = (2*(drawn - right).mean(1)).clamp(-1, 1)
-    return 1 - 2*torch.stack([(-wrong).clamp(min=0), wrong.abs(), wrong.clamp(min=0)], 1)
+    return torch.stack([wrong, wrong, -wrong], 1)
 
 def comparison(model, pairs):
     """A row of pictures of each pair, for `image_grid`: target, reference, answer, drawing, its `error_map` and the regions."""

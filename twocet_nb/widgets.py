@@ -341,7 +341,7 @@ class Thumbnails(_ThumbnailsState):
 # %% ../nbs/08c_widgets.ipynb #0000002c
 _UPLOAD = """
 function render({ model, el }) {
-  const input = make('input', { type: 'file', accept: 'image/*' }), words = make('div', { class: 'twocet-words', role: 'status', 'aria-live': 'polite' });
+  const input = make('input', { type: 'file', accept: model.get('accept') }), words = make('div', { class: 'twocet-words', role: 'status', 'aria-live': 'polite' });
   const title = make('label'), megabytes = size => (size / 1e6).toFixed(1) + ' MB';
   const say = () => { words.textContent = model.get('message'); };
   input.onclick = () => { input.value = ''; };                    // the same file again is news too
@@ -370,14 +370,14 @@ _UPLOAD_LOOK = _LOOK + """
 
 # %% ../nbs/08c_widgets.ipynb #0000002f
 class Upload(_WithStill, anywidget.AnyWidget):
-    """A field for one picture file. label: what for; limit: bytes, larger files are refused in the page, below Jupyter's own limit."""
+    """A field for one file. label: what for; limit: bytes, larger files are refused in the page, below Jupyter's own limit; accept: kinds of files to offer, as in HTML."""
     _esm, _css = _HELP + _UPLOAD, _UPLOAD_LOOK
     still = None
-    label, message = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
+    label, message, accept = (T.Unicode().tag(sync=True) for _ in range(3))
     limit, said = T.Int(8_000_000).tag(sync=True), T.Int(0).tag(sync=True)
 
-    def __init__(self, label, limit=8_000_000):
-        super().__init__(label=label, limit=limit)
+    def __init__(self, label, limit=8_000_000, accept='image/*'):
+        super().__init__(label=label, limit=limit, accept=accept)
 
     def on_upload(self, callback):
         "Let `callback(name, content)` have every file, a str and bytes. When it raises InputError, the page shows the message."
