@@ -34,6 +34,7 @@ def draw_and_judge(model, target, reference, answer, right, region):
     errors = {who: masked_l1(picture, right, region).item() for who, picture in dict(model=drawn, copy=target, perfect=answer).items()}
     return (target, reference, drawn, answer, error_map(drawn, right)), errors
 
+# %% ../nbs/08g_answers.ipynb #70171059
 class TruthView(View):
     """The model against exact truth. studio: a `Studio`; pairs: of `truth_pairs`, by default the bundled exam of the model's size."""
     def __init__(self, studio, pairs=None):
@@ -58,7 +59,7 @@ class TruthView(View):
         pictures, errors = answer
         for picture, face in zip(self.pictures, pictures): picture.show(face[0])
         where, again = ('face', f', {errors["perfect"]:.3f} a second rendering of the truth') if errors['perfect'] else ('picture', '')
-        self.words.value = f'Mean difference in the {where}: <b>{errors["model"]:.3f}</b> the model, {errors["copy"]:.3f} doing nothing{again}.' 
+        self.words.value = f'Mean difference in the {where}: <b>{errors["model"]:.3f}</b> the model, {errors["copy"]:.3f} doing nothing{again}.'
 
 # %% ../nbs/08g_answers.ipynb #0000000c
 def can_render(scene):

@@ -16,12 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import ipywidgets as W
-import torch
 
 from .answers import ExportView, LiveTruthView, RunView
 from .codespace import embed
 from .config import bundled_for, data_root
-from .data import InputError
+from .data import InputError, image_grid
 from .scene import Scene, Studio, expression, named_faces
 from .transfer import TwoCET
 from .views import MapView, MixView, SlidersView, TransferView, beside
@@ -76,7 +75,7 @@ class Explorer(Still):
     of a run, whose checkpoints get a tab; name: how the exported line of Python calls the model. Raises InputError as `TwoCET.load` and `embed` do.
     """
     def __init__(self, model='faces-128', faces=None, run=None, name=None):
-        super().__init__()
+        super().__init__(still=self.still)
         self.model = model if isinstance(model, TwoCET) else TwoCET.load(model)
         size = self.model.config.image_size
         fitting = bundled_for('faces', size)

@@ -225,7 +225,6 @@ def alone(view, act):
     try: act()
     finally: view.deaf = False
 
-# %% ../nbs/08f_views.ipynb #dd0eb97c
 def follow(view, scene):
     "Let the sliders say where the code is."
     def turn():
