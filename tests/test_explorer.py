@@ -180,6 +180,18 @@ class TestLab:
         from_line = eval(line, dict(TwoCET=TwoCET, bundled=lambda name: bundled(name)), {}) if 'bundled(' in line else None
         assert from_line is not None and from_line.tobytes() == pixels(page).tobytes(), 'the line of Python makes the picture'
 
+    def test_a_hidden_view_rests(self, page):
+        line = page.locator('textarea').last
+        tab(page, 'Export')
+        before = line.input_value()
+        tab(page, 'Transfer')
+        press(page, strength(page), 'ArrowLeft', 3)
+        assert line.input_value() == before, 'hidden, it writes nothing'
+        tab(page, 'Export')
+        page.wait_for_function('([line, before]) => line.value != before', arg=[line.element_handle(), before], timeout=10_000)
+        said = re.search('strength ([\\d.]+)', caption(page))[1]
+        assert f'strength={float(said)}' in line.input_value(), 'shown again, it has caught up'
+
     def test_a_code_comes_back(self, page, tmp_path):
         tab(page, 'Export')
         page.get_by_role('button', name='Code', exact=True).click()
