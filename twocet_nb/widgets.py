@@ -410,10 +410,7 @@ def open_upload(content, name, size):
 
 # %% ../nbs/08c_widgets.ipynb #00000042
 def download_link(content, name, text):
-    """A link that saves `content` (bytes, best below 2 MB: it lies in the page) as a file; an `ipywidgets.HTML`.
-
-    name: of the file; text: of the link.
-    """
+    """A link, as `ipywidgets.HTML`, that saves content (bytes, best below 2 MB: they lie in the page) as a file called `name`. text: of the link."""
     kind, data = mimetypes.guess_type(name)[0] or 'application/octet-stream', base64.b64encode(content).decode()
     return W.HTML(f'<a download="{html.escape(name)}" href="data:{kind};base64,{data}" style="text-decoration: underline">{html.escape(text)}</a>')
 
