@@ -202,7 +202,7 @@ class TestLab:
         before = pixels(page)
         press(page, strength(page), 'Home')
         assert page.locator('textarea').last.input_value().count('strength=0.0') == 1 and pixels(page).tobytes() != before.tobytes()
-        field = page.get_by_label('A code that was exported')
+        field = page.get_by_label('Bring back an exported code')
         field.set_input_files(tmp_path/'diary.json')
         page.get_by_text('diary.json: not a scene').wait_for(timeout=30_000)
         was = serial(page)

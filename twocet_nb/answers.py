@@ -136,7 +136,7 @@ class ExportView(View):
         def say(text): self.link.value = text
         self.artist = Latest(lambda make: make(), lambda made: say(download_link(*made).value), lambda error: say(html.escape(str(error))))
         for button, make in zip(self.buttons, makers.values()): button.on_click(lambda _, make=make: self.artist.ask(make))
-        self.back = Upload('A code that was exported:', limit=100_000, accept='.json')
+        self.back = Upload('Bring back an exported code:', limit=100_000, accept='.json')
         self.back.on_upload(self.bring)
         self.children = [W.HBox(self.buttons), self.note, self.link, self.line, self.back]
         self.follow(studio.scene)
