@@ -22,9 +22,9 @@ from twocet_nb.runs import SHIPPED
 from twocet_nb.transfer import TwoCET
 
 RESULT = '[...document.querySelectorAll(".twocet-picture canvas")].find(canvas => canvas.getAttribute("aria-label") == "Result")'
-PRESS = f'''async key => {{
-    const canvas = {RESULT}, knob = document.querySelector('[role=slider]'), serial = canvas.dataset.serial, begun = performance.now();
-    knob.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true, cancelable: true }}));
+PRESS = f'''async steps => {{
+    const canvas = {RESULT}, knob = document.querySelector('input[type=range]'), serial = canvas.dataset.serial, begun = performance.now();
+    knob.stepUp(steps), knob.dispatchEvent(new Event('input'));     // as an arrow key does
     while (canvas.dataset.serial == serial && performance.now() - begun < 5000) await new Promise(requestAnimationFrame);
     await new Promise(requestAnimationFrame);
     return [performance.now() - begun, canvas.dataset.drawn - begun];
@@ -37,7 +37,7 @@ def presses(page, count):
     """Milliseconds from each press to the frame with its picture; the first ten warm up."""
     times = []
     for k in range(count + 10):
-        times.append(page.evaluate(PRESS, 'ArrowLeft' if k % 2 else 'ArrowRight')[0])
+        times.append(page.evaluate(PRESS, -1 if k % 2 else 1)[0])
         page.wait_for_timeout(60)
     return times[10:]
 

@@ -9,7 +9,9 @@ import urllib.error
 import urllib.request
 import zlib
 from base64 import b64decode
+from contextlib import contextmanager
 
+import psutil
 import pytest
 from browser import ROOT, chromium, free_port, lab, run_all, shot, write_notebook
 from PIL import Image
@@ -18,7 +20,8 @@ from twocet_nb.answers import LiveTruthView
 from twocet_nb.codespace import embed
 from twocet_nb.data import bundled, to_tensor
 from twocet_nb.runs import SYNTHETIC
-from twocet_nb.scene import Scene, Studio, named_faces
+from twocet_nb.scene import Scene, Studio, expression, named_faces
+from twocet_nb.trainer import Trainer, preset
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import truth_pairs
 
@@ -32,6 +35,8 @@ def address(tmp_path_factory):
     work = tmp_path_factory.mktemp('explorer')
     write_notebook(work/'one.ipynb', CELL)
     write_notebook(work/'two.ipynb', CELL)
+    Trainer(preset('tiny', data='faces-64', steps=2, save_every=1, keep=0), work/'run', quiet=True).fit()
+    write_notebook(work/'run.ipynb', CELL.replace('"faces-64"', '"faces-64", run="run"'))
     with lab(work) as address:
         yield address
 
@@ -75,20 +80,24 @@ def press(page, locator, key, times=1):
     wait_for_picture(page, before)
 
 
+def strength(page):
+    return page.get_by_role('slider', name='Strength')
+
+
 def caption(page):
     return page.get_by_text('Expression:').first.inner_text()
 
 
 class TestLab:
     def test_strength_by_keyboard(self, page):
-        press(page, page.get_by_role('slider').first, 'End')
+        press(page, strength(page), 'End')
         assert 'strength 1.50' in caption(page)
         strong = pixels(page)
-        press(page, page.get_by_role('slider').first, 'Home')
+        press(page, strength(page), 'Home')
         assert 'strength 0.00' in caption(page)
         model, target = TwoCET.pretrained(), sorted((bundled('faces-64')/'test/a_n').iterdir())[0]
         assert pixels(page).tobytes() == model.neutralise(target).tobytes() != strong.tobytes(), 'the right pixels'
-        press(page, page.get_by_role('slider').first, 'End')
+        press(page, strength(page), 'End')
         assert pixels(page).tobytes() == strong.tobytes()
         shot(page, 'explorer-transfer')
 
@@ -126,7 +135,9 @@ class TestLab:
         page.keyboard.press('ArrowRight')
         page.keyboard.press('Enter')
         knob = page.get_by_role('slider').nth(1)
-        page.get_by_text('1: ').first.wait_for(timeout=30_000)
+        knob.wait_for(timeout=30_000)
+        names = [slider.get_attribute('aria-label') for slider in page.get_by_role('slider').all()]
+        assert names[0] == 'Strength' and [name[:3] for name in names[1:]] == [f'{k}: ' for k in range(1, 9)], 'each says what it moves'
         before, was = pixels(page), caption(page)
         assert 'map:' in was, 'opening the tab pulls nothing'
         press(page, knob, 'ArrowRight', 30)
@@ -169,11 +180,59 @@ class TestLab:
         from_line = eval(line, dict(TwoCET=TwoCET, bundled=lambda name: bundled(name)), {}) if 'bundled(' in line else None
         assert from_line is not None and from_line.tobytes() == pixels(page).tobytes(), 'the line of Python makes the picture'
 
+    def test_a_hidden_view_rests(self, page):
+        line = page.locator('textarea').last
+        tab(page, 'Export')
+        before = line.input_value()
+        tab(page, 'Transfer')
+        press(page, strength(page), 'ArrowLeft', 3)
+        assert line.input_value() == before, 'hidden, it writes nothing'
+        tab(page, 'Export')
+        page.wait_for_function('([line, before]) => line.value != before', arg=[line.element_handle(), before], timeout=10_000)
+        said = re.search('strength ([\\d.]+)', caption(page))[1]
+        assert f'strength={float(said)}' in line.input_value(), 'shown again, it has caught up'
+
+    def test_a_code_comes_back(self, page, tmp_path):
+        tab(page, 'Export')
+        page.get_by_role('button', name='Code', exact=True).click()
+        link = page.locator('a[download="scene.json"]')
+        link.wait_for(timeout=30_000)
+        (tmp_path/'mine.json').write_bytes(b64decode(link.get_attribute('href').partition(',')[2]))
+        (tmp_path/'diary.json').write_text('Dear model,')
+        before = pixels(page)
+        press(page, strength(page), 'Home')
+        assert page.locator('textarea').last.input_value().count('strength=0.0') == 1 and pixels(page).tobytes() != before.tobytes()
+        field = page.get_by_label('Bring back an exported code')
+        field.set_input_files(tmp_path/'diary.json')
+        page.get_by_text('diary.json: not a scene').wait_for(timeout=30_000)
+        was = serial(page)
+        field.set_input_files(tmp_path/'mine.json')
+        wait_for_picture(page, was)
+        assert pixels(page).tobytes() == before.tobytes() and 'mine.json' in caption(page)
+
+    def test_checkpoints_by_keyboard(self, page, address):
+        other = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+        open_explorer(other, f'{address}/doc/tree/run.ipynb')
+        tab(other, 'Checkpoints')
+        step, drawn = other.get_by_role('slider', name='Step'), other.get_by_role('img', name='Checkpoint')
+        drawn.wait_for(timeout=30_000)
+        step.focus()
+        shown = []
+        for key, said in (('End', '2'), ('Home', '0'), ('ArrowRight', '1'), ('End', '2')):
+            before = drawn.get_attribute('data-serial')
+            other.keyboard.press(key)
+            other.wait_for_function('([canvas, before]) => canvas.dataset.serial != before', arg=[drawn.element_handle(), before], timeout=30_000)
+            assert step.get_attribute('aria-valuetext') == said
+            shown.append(drawn.evaluate('canvas => canvas.toDataURL()'))
+        assert len(set(shown)) == 3 and shown[0] == shown[3], 'three steps, three pictures, and the way back'
+        shot(other, 'explorer-checkpoints')
+        other.close()
+
     def test_two_pages_at_once(self, page, address):
         second = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
         open_explorer(second, f'{address}/doc/tree/two.ipynb')
         mine = pixels(page)
-        press(second, second.get_by_role('slider').first, 'Home')
+        press(second, strength(second), 'Home')
         assert pixels(page).tobytes() == mine.tobytes() != pixels(second).tobytes(), 'each has its own'
         second.close()
 
@@ -182,7 +241,7 @@ class TestLab:
         page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait_for_timeout(3000)
         page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
-        press(page, page.get_by_role('slider').first, 'Home')
+        press(page, strength(page), 'Home')
         assert 'strength 0.00' in caption(page)
 
 
@@ -205,39 +264,63 @@ def test_truth_rendered_on_demand():
     faces = {face.path: face for face in named_faces(codes, 'faces-64', 64)}
     pair = next(pair for pair in truth_pairs('truth-64') if pair.kind == 'cross')
     target, reference = faces[str(pair.target)], faces[str(pair.reference)]
-    view = LiveTruthView(Studio(model, Scene(target, model.encode(reference.pixels[None])[0], reference=reference)), [pair])
+    view = LiveTruthView(Studio(model, Scene(target, **expression(model, reference))), [pair])
     view.render()
     assert view.artist.wait(300) and view.artist.error is None and 'picture' in view.words.value
     answer = Image.frombytes('RGB', (64, 64), view.pictures[3].pixels)
     assert (to_tensor(answer) - to_tensor(pair.answer)).abs().mean() < .02
 
 
-def test_served_to_this_computer_alone(tmp_path, page):
-    """Voila: no page without the token; with it the same explorer."""
-    port = free_port()
+@contextmanager
+def served(folder):
+    "`twocet explore` on a free port; yields its process and the address with the token. Ended with SIGTERM, it leaves nothing behind."
     variables = {key: value for key, value in os.environ.items() if key not in ('IN_TEST', 'MPLBACKEND')}
-    log = tmp_path/'log'
-    page = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+    variables |= {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'IPYTHONDIR': str(folder/'ipython')}
+    log = folder/'log'
     with log.open('w') as output:
-        server = subprocess.Popen([sys.executable, '-m', 'twocet_nb.cli', 'explore', '--port', str(port), '--no-browser'], cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT,
-                                  env=variables | {'PYTHONPATH': str(ROOT), 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'IPYTHONDIR': str(tmp_path/'ipython')})
+        server = subprocess.Popen([sys.executable, '-m', 'twocet_nb.cli', 'explore', '--port', str(free_port()), '--no-browser'],
+                                  cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        family = []
         try:
-            place = served_at(log, server)
-            root = place.partition('?')[0]
-            for door in ('', 'api/kernels'):
-                with urllib.request.urlopen(root + door, timeout=60) as answer:
-                    assert '/login' in answer.url and b'twocet' not in answer.read().lower()
-            with pytest.raises(urllib.error.HTTPError, match='403'):
-                urllib.request.urlopen(f'{root}api/kernels', data=b'{}', timeout=60)
-            page.goto(place, timeout=90_000)
-            page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
-            before = pixels(page)
-            press(page, page.get_by_role('slider').first, 'Home')
-            assert pixels(page).tobytes() != before.tobytes()
-            shot(page, 'explorer-served')
+            yield server, served_at(log, server)
+            family = psutil.Process(server.pid).children(recursive=True)
         finally:
             server.terminate()
             server.wait(30)
+            _, alive = psutil.wait_procs(family, 30)
+            for process in alive: process.kill()
+        assert not alive, f'still there after SIGTERM: {alive}'
+
+
+def test_served_to_this_computer_alone(tmp_path, page):
+    """Voila: no page without the token; with it the same explorer."""
+    page = page.context.browser.new_page(viewport=dict(width=1300, height=1500))
+    with served(tmp_path) as (_, place):
+        root = place.partition('?')[0]
+        for door in ('', 'api/kernels'):
+            with urllib.request.urlopen(root + door, timeout=60) as answer:
+                assert '/login' in answer.url and b'twocet' not in answer.read().lower()
+        with pytest.raises(urllib.error.HTTPError, match='403'):
+            urllib.request.urlopen(f'{root}api/kernels', data=b'{}', timeout=60)
+        page.goto(place, timeout=90_000)
+        page.wait_for_function(f'() => ({RESULT})()?.dataset.serial > 0', timeout=90_000)
+        before = pixels(page)
+        press(page, strength(page), 'Home')
+        assert pixels(page).tobytes() != before.tobytes()
+        shot(page, 'explorer-served')
+
+
+def test_what_ends_the_command_ends_its_server(tmp_path):
+    """SIGTERM, as `kill` and service managers send it: Voila goes with the command, its kernel goes with Voila, and the port is free."""
+    pytest.importorskip('voila')
+    with served(tmp_path) as (server, place):
+        urllib.request.urlopen(place, timeout=90).close()     # a visitor without a browser: there is a kernel now
+        deadline = time.monotonic() + 60
+        while len(psutil.Process(server.pid).children(recursive=True)) < 2 and time.monotonic() < deadline: time.sleep(.2)
+        assert len(psutil.Process(server.pid).children(recursive=True)) >= 2, 'Voila and a kernel'
+    assert server.returncode == 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(place, timeout=10)
 
 
 def served_at(log, server, seconds=90):

@@ -1,5 +1,6 @@
 """Rules of the house: imports point downwards, and every dependency has its reason."""
 import ast
+import builtins
 import re
 import sys
 from configparser import ConfigParser
@@ -70,6 +71,17 @@ def test_imports_are_runtime_requirements(name):
         assert top not in ('fastcore', 'nbdev', 'execnb')
         if at_top and top != 'twocet_nb' and top not in sys.stdlib_module_names:
             assert required & {dist.lower() for dist in distributions.get(top, [])}, f'{full} is no requirement'
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_names_come_from_somewhere(name):
+    """A notebook has imports that its module lacks: what a module uses, it must define or import itself."""
+    nodes = list(ast.walk(ast.parse(MODULES[name].read_text(encoding='utf-8'))))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = {*dir(builtins), '__file__', *(node.id for node in names if not isinstance(node.ctx, ast.Load)), *(node.arg for node in nodes if isinstance(node, ast.arg))}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler)}
+    known |= {(node.asname or node.name).partition('.')[0] for node in nodes if isinstance(node, ast.alias)}
+    assert not {node.id for node in names} - known
 
 
 def test_every_dependency_has_a_reason():

@@ -94,7 +94,7 @@ def test_weights_at_the_edge_and_empty_regions():
 def test_the_error_map_has_a_sign():
     right = torch.zeros(3, 3, 1, 1)
     drawn = torch.tensor([0, .25, -1]).view(3, 1, 1, 1).expand(3, 3, 1, 1)
-    assert error_map(drawn, right).flatten(1).tolist() == [[1, 1, 1], [1, 0, 0], [-1, -1, 1]]
+    assert error_map(drawn, right).flatten(1).tolist() == [[0, 0, 0], [.5, .5, -.5], [-1, -1, 1]]
 
 
 # Numbers of rows

@@ -42,6 +42,13 @@ thumbnails, index = Thumbnails(faces, names, columns=8, label='reference'), hear
 thumbnails.observe(lambda change: setattr(index, 'value', json.dumps(change.new)), 'index')
 part('thumbnails', thumbnails, index)
 ''', '''
+amount, said = Slider('Amount', .5, max=1.5, width=400), heard('amount')
+amount.observe(lambda change: setattr(said, 'value', json.dumps(change.new)), 'value')
+told = W.Button(description='tell it 2.345')
+told.on_click(lambda _: setattr(amount, 'value', 2.345))
+scrub = Slider('Step', max=2, step=1, texts=['none', 'some', 'all'], width=300)
+part('slider', amount, scrub, told, said)
+''', '''
 points = np.random.default_rng(0).random((40, 2))
 plane = Plane(points, names, [k % 8 for k in range(40)], [f'group {k}' for k in range(8)], faces, label='a map', side=400)
 place = heard('position')
@@ -152,6 +159,26 @@ def test_less_motion_is_respected(page):
     box.locator('canvas').press(' ')
     assert box.locator('figcaption').inner_text() == 'reversed'
     page.emulate_media(reduced_motion='no-preference')
+
+
+def test_slider_has_a_name_and_keys(page):
+    box = part(page, 'slider')
+    amount, scrub = box.get_by_role('slider', name='Amount', exact=True), box.get_by_role('slider', name='Step', exact=True)
+    assert amount.count() == scrub.count() == 1, 'the name is the label, without the number'
+    for key, value in (('ArrowRight', .51), ('End', 1.5), ('ArrowLeft', 1.49), ('Home', 0), ('ArrowUp', .01)):
+        amount.press(key)
+        heard(page, 'amount', f'value => value == {value}')
+        assert amount.get_attribute('aria-valuetext') == f'{value:.2f}'
+    place = amount.bounding_box()
+    page.mouse.click(place['x'] + place['width'] / 2, place['y'] + place['height'] / 2)
+    heard(page, 'amount', 'value => Math.abs(value - .75) < .02')
+    box.get_by_role('button').click()
+    box.get_by_text('2.35').or_(box.get_by_text('2.34')).first.wait_for()
+    assert heard(page, 'amount', 'value => value > 2') == 2.345, 'told a number, it does not answer with its own'
+    scrub.press('End')
+    assert scrub.get_attribute('aria-valuetext') == 'all' and box.get_by_text('all', exact=True).count() == 1
+    assert box.locator('label').first.bounding_box()['width'] == 400, 'as wide as it was told'
+    shot(box, 'slider')
 
 
 def test_thumbnails_with_mouse_and_keyboard(page):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CYCLES', 'PRESETS', 'RunOptions', 'checked', 'TrainConfig', 'only', 'unpaired_losses', 'course_losses', 'preset',
-           'write_config', 'read_config', 'data_root', 'find_data']
+           'write_config', 'read_config', 'data_root', 'bundled_for', 'find_data']
 
 # %% ../nbs/04b_config.ipynb #00000003
 import json, math
@@ -199,6 +199,10 @@ def read_config(run_dir):
 def data_root(data):
     "The folder of the faces called `data`: a bundled name, else a folder itself."
     return bundled(data) if data in packs() else Path(data)
+
+def bundled_for(kind, image_size):
+    "The bundled pack of a kind, 'faces' or 'truth', for a model of `image_size` px: 'faces-64' or 'faces-128'."
+    return f'{kind}-{64 if image_size <= 64 else 128}'
 
 def find_data(data, image_size, split):
     "Neutral and emotional `FaceFolder` of a bundled name or a folder, at `image_size`."

@@ -59,7 +59,7 @@ def sample_sets(model, data, split='test', count=8, seed=0):
 
 # %% ../nbs/07e_report.ipynb #0000000d
 PICTURES = dict(best='The best transfers by error', median='The median', worst='The worst', sets='Fakes of the three sets, evenly spaced: N, E_z, E_r')
-COLUMNS = ('Columns: target, reference, the right answer, the model\'s, where it is too bright (red) or too dark (blue), and of an exam the regions that count. '
+COLUMNS = ('Columns: target, reference, the right answer, the model\'s, where it is too bright (lighter, yellow) or too dark (darker, blue), and of an exam the regions that count. '
            'Where no answer is known, the third is another picture, of the target\'s person with an expression of the reference\'s class.')
 
 def save_pictures(model, data, out, split='test', seed=0):

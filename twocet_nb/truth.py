@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .data import InputError, face_name, image_grid, packs, read_csv, to_tensor
 from .features import HARDLY, FaceReader, r_squared
-from .config import data_root
+from .config import bundled_for, data_root
 from .transfer import l1
 
 # %% ../nbs/07c_truth.ipynb #00000007
@@ -267,7 +267,7 @@ def judge_truth(model, pairs=None, reader=None):
     `CANDIDATES` errors have `remaining`. se: the standard error, counted by people (see `jackknife`). Raises InputError as `transfer_errors` does.
     """
     size = model.config.image_size
-    if pairs is None: pairs = truth_pairs(f'truth-{64 if size <= 64 else 128}')
+    if pairs is None: pairs = truth_pairs(bundled_for('truth', size))
     exam = pairs if isinstance(pairs, Exam) else Exam(pairs, size, reader or FaceReader.pretrained())
     if exam.reader is None: raise InputError(f'an exam without a reader; mend: Exam(pairs, {size}, FaceReader.pretrained())')
     rows, protocol = transfer_errors(model, exam), f'exact truth, {size} px, read by {exam.reader.protocol}'
@@ -297,9 +297,9 @@ def print_truth(numbers):
 
 # %% ../nbs/07c_truth.ipynb #00000036
 def error_map(drawn, right):
-    """Where drawings are too bright (red) or too dark (blue), white where right: (N, 3, H, W) in [-1, 1]; full colour from a difference of .5."""
+    """Where drawings are too bright (up to yellow) or too dark (down to blue), grey where right: (N, 3, H, W) in [-1, 1]; full colour from a difference of .5."""
     wrong = (2*(drawn - right).mean(1)).clamp(-1, 1)
-    return 1 - 2*torch.stack([(-wrong).clamp(min=0), wrong.abs(), wrong.clamp(min=0)], 1)
+    return torch.stack([wrong, wrong, -wrong], 1)
 
 def comparison(model, pairs):
     """A row of pictures of each pair, for `image_grid`: target, reference, answer, drawing, its `error_map` and the regions."""
