@@ -83,8 +83,8 @@ class NetworkConfig(_Sizes):
         return cls(image_size, min(2**14 // image_size, 512))
     @classmethod
     def course(cls, image_size=64):
-        "Few channels, and eyes for 32 pixels whatever the size of the picture: trains on a laptop CPU."
-        return cls(image_size, 32, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 32))
+        "Few channels, and eyes for 64 pixels whatever the size of the picture: trains on a laptop CPU."
+        return cls(image_size, 16, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
