@@ -332,11 +332,6 @@ def cluster_silhouette(codes, k, shuffles=9, seed=0, most=1000):
 
 # %% ../nbs/08a_leakage.ipynb #00000002
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator
-from sklearn.covariance import empirical_covariance
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
-from sklearn.metrics import balanced_accuracy_score, r2_score
 from sklearn.model_selection import PredefinedSplit
 from sklearn.preprocessing import StandardScaler
 
@@ -344,16 +339,25 @@ from .networks import build_networks
 from .transfer import TwoCET
 
 # %% ../nbs/08a_leakage.ipynb #00000008
-class _Covariance(BaseEstimator):
-    "A covariance that can always be inverted."
-    def fit(self, values, y=None):
-        self.covariance_ = empirical_covariance(values) + .01 * np.eye(values.shape[1])
-        return self
-
 def _folds(groups, count, rng):
     "(train rows, test rows) of folds made of whole groups."
     names, places = np.unique(groups, return_inverse=True)
     return list(PredefinedSplit((rng.permutation(len(names)) % min(count, len(names)))[places]).split())
+
+def _discriminants(values, labels, new):
+    "The labels of `new` (M, d) by linear discriminants, with one covariance for all classes, from values (N, d) and labels (N,)."
+    names, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    means = (places == np.arange(len(names))[:, None]) @ values / counts[:, None]
+    within = values - means[places]
+    directions = np.linalg.solve(within.T @ within / len(values) + .01 * np.eye(values.shape[1]), means.T)
+    return names[(new @ directions - (means.T * directions).sum(0) / 2 + np.log(counts)).argmax(1)]
+
+def _ridge(values, targets):
+    "Ridge regression of targets (N, k) on values (N, d): a function of new codes, and of a penalty or k of them. Turned to its axes, each penalty is a division."
+    centre, level = values.mean(0), targets.mean(0)
+    sizes, axes = np.linalg.eigh((values - centre).T @ (values - centre))
+    moments = axes.T @ (values - centre).T @ (targets - level)
+    return lambda new, penalty: (new - centre) @ (axes @ (moments / (sizes[:, None] + penalty))) + level
 
 # %% ../nbs/08a_leakage.ipynb #00000009
 PENALTIES = np.logspace(1, 6, 6)
@@ -362,19 +366,18 @@ def _read(values, targets, groups, new, rng):
     "Targets (N, k), all numbers or all names, read linearly from values (N, d): predictions for `new` (M, d) codes."
     scaler = StandardScaler().fit(values)
     values, new = scaler.transform(values), scaler.transform(new)
-    if targets.dtype.kind != 'f':
-        return np.stack([LinearDiscriminantAnalysis(solver='lsqr', covariance_estimator=_Covariance()).fit(values, column).predict(new)
-                         for column in targets.T], axis=1)
+    if targets.dtype.kind != 'f': return np.stack([_discriminants(values, column, new) for column in targets.T], axis=1)
     errors = np.zeros((len(PENALTIES), targets.shape[1]))
     for train, test in _folds(groups, 3, rng):
-        for k, penalty in enumerate(PENALTIES):
-            fitted = Ridge(penalty).fit(values[train], targets[train]).predict(values[test])
-            errors[k] += ((fitted.reshape(len(test), -1) - targets[test]) ** 2).sum(0)
-    return Ridge(PENALTIES[errors.argmin(0)]).fit(values, targets).predict(new).reshape(len(new), -1)
+        predict = _ridge(values[train], targets[train])
+        for k, penalty in enumerate(PENALTIES): errors[k] += ((predict(values[test], penalty) - targets[test]) ** 2).sum(0)
+    return _ridge(values, targets)(new, PENALTIES[errors.argmin(0)])
 
 def _score(target, predicted):
-    "R2 of numbers; for names the balanced accuracy: the mean over all names of how often each is found."
-    return r2_score(target, predicted) if target.dtype.kind == 'f' else balanced_accuracy_score(target, predicted)
+    "R2 of numbers; for names, numbered from 0, the balanced accuracy: the mean over all names of how often each is found."
+    if target.dtype.kind == 'f': return 1 - ((target - predicted) ** 2).mean(0) / target.var(0)
+    counts = np.bincount(target)
+    return (np.bincount(target, target == predicted)[counts > 0] / counts[counts > 0]).mean()
 
 # %% ../nbs/08a_leakage.ipynb #0000000b
 def shuffle_labels(target, groups, rng):
@@ -392,7 +395,7 @@ def _group_error(target, predicted, groups, rng, draws=100):
     "The standard error of a score: its spread when groups are drawn with repetition."
     members = [np.flatnonzero(groups == group) for group in sorted(set(groups.tolist()))]
     drawn = [np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]) for _ in range(draws)]
-    return np.std([_score(target[rows], predicted[rows]) for rows in drawn if len(set(target[rows].tolist())) > 1])
+    return np.std([_score(target[rows], predicted[rows]) for rows in drawn if np.ptp(target[rows])])
 
 # %% ../nbs/08a_leakage.ipynb #0000000f
 def _read_all(name, values, target, groups, folds, shuffles, seed):
@@ -402,8 +405,8 @@ def _read_all(name, values, target, groups, folds, shuffles, seed):
     count = len(set(groups.tolist()))
     if count < 2 or len(set(target.tolist())) < 2:
         raise InputError(f'{name}: {count} group(s), {len(set(target.tolist()))} value(s); mend: a probe needs at least two of each')
-    targets = [target] + [shuffle_labels(target, groups, rng) for _ in range(shuffles)]
-    targets = np.stack(targets, axis=1)
+    if target.dtype.kind != 'f': target = np.unique(target, return_inverse=True)[1]
+    targets = np.stack([target] + [shuffle_labels(target, groups, rng) for _ in range(shuffles)], axis=1)
     predicted = np.empty_like(targets)
     for train, test in _folds(groups, folds, rng): predicted[test] = _read(values[train], targets[train], groups[train], values[test], rng)
     scores = list(map(_score, targets.T, predicted.T))
@@ -444,7 +447,7 @@ def unit_probe(codes, units=None, names=None, test=None, identities=None, shuffl
     orders = [np.arange(len(values))] + [shuffle_labels(np.arange(len(values)), people, rng) for _ in range(shuffles)]
     targets = np.concatenate([units[order][:, varied] for order in orders], axis=1)
     predicted = _read(values[~test], targets[~test], people[~test], values[test], rng)
-    scores = r2_score(targets[test], predicted, multioutput='raw_values').reshape(len(orders), len(varied))
+    scores = _score(targets[test], predicted).reshape(len(orders), len(varied))
     errors = [_group_error(targets[test, i], predicted[:, i], people[test], rng) for i in range(len(varied))]
     return [_finding(names[j], scores[0, i], scores[1:, i], int(test.sum()), errors[i]) for i, j in enumerate(varied)]
 
@@ -516,6 +519,7 @@ def stolen(codes, columns=PERSON + CAMERA, shuffles=19, seed=0):
 
 # %% ../nbs/08b_shape.ipynb #00000002
 from sklearn.linear_model import Lasso
+from sklearn.metrics import r2_score
 
 from .transfer import l1
 

@@ -62,11 +62,10 @@ PICTURES = dict(best='The best transfers by error', median='The median', worst='
 COLUMNS = ('Columns: target, reference, the right answer, the model\'s, where it is too bright (lighter, yellow) or too dark (darker, blue), and of an exam the regions that count. '
            'Where no answer is known, the third is another picture, of the target\'s person with an expression of the reference\'s class.')
 
-def save_pictures(model, data, out, split='test', seed=0):
-    """Write {best,median,worst,sets}.png of a model into the folder `out`, marked as synthetic; returns their paths by name."""
-    rows, scale = examples(model, data, split=split, seed=seed) | dict(sets=sample_sets(model, data, split, seed=seed)), max(1, 128 // model.config.image_size)
-    paths = {name: Path(out)/f'{name}.png' for name in rows}
-    for name, path in paths.items(): save_picture(SyntheticImage.mark(image_grid(rows[name], scale)), path)
+def save_pictures(pictures, out):
+    """Write {name}.png for every name of rows of pictures {name: rows} into the folder `out`, marked as synthetic; returns their paths by name."""
+    paths = {name: Path(out)/f'{name}.png' for name in pictures}
+    for name, path in paths.items(): save_picture(SyntheticImage.mark(image_grid(pictures[name], max(1, 128 // pictures[name][0][0].shape[-1]))), path)
     return paths
 
 # %% ../nbs/07e_report.ipynb #00000010
@@ -215,6 +214,6 @@ def write_report(place, data='faces-64', out='runs/evaluation', splits=('test',)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out/'evaluation.json', json.dumps(run or report, indent=1).encode())
     command = f'twocet evaluate {place} --data {data} --split {" ".join(splits)} --protocol {protocol} --seed {seed}'
-    pictures = save_pictures(model, data, out, splits[0], seed)
+    pictures = save_pictures(examples(model, data, split=splits[0], seed=seed) | dict(sets=sample_sets(model, data, splits[0], seed=seed)), out)
     write_atomically(out/'report.html', evaluation_page(report, pictures, run, command).encode())
     return out/'report.html', report

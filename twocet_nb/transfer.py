@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HELPED', 'DIFFERED', 'CHECKS', 'as_list', 'in_chunks', 'are_emotional', 'check_numbers', 'check_codes',
-           'draw_chunk', 'draw', 'TwoCET', 'averaged_model', 'draw_partners', 'judged_faces', 'l1', 'judge',
-           'judgement', 'print_judgement', 'judge_run']
+           'draw_chunk', 'draw', 'TwoCET', 'averaged_model', 'draw_partners', 'judged_rows', 'judged_faces', 'l1',
+           'judge', 'judgement', 'print_judgement', 'judge_run']
 
 # %% ../nbs/06_transfer.ipynb #00000003
 import copy
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .config import data_root, find_data
-from .data import FACE_FOLDERS, InputError, image_grid, to_pil, to_tensor
+from .data import FACE_FOLDERS, InputError, _to_unit, image_grid, to_pil, to_tensor
 from .losses import sample_codes
 from .networks import count_parameters, load_official, pick_device, read_card, save_networks
 from .pairs import read_codes
@@ -240,6 +240,22 @@ def draw_partners(allowed, seed):
     chance = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(allowed, chance, -1).argmax(1)
 
+def judged_rows(neutral, emotional, seed=0):
+    """Which faces of two `FaceFolder` judge a model, a dict of (N,) row numbers: face, same, other and sibling of the emotional, neutral of the neutral ones.
+
+    What they are, and the errors: as in `judged_faces`.
+    """
+    people = list(dict.fromkeys(emotional.identities))
+    person, cls = torch.tensor([people.index(p) for p in emotional.identities]), torch.tensor(emotional.classes)
+    same_person, same_class = person[:, None] == person, cls[:, None] == cls
+    allowed = dict(same=~same_person & same_class, other=~same_person & ~same_class, sibling=same_person & ~same_class)
+    rows = torch.tensor([i for i, p in enumerate(emotional.identities)
+                         if p in neutral.identities and all(mask[i].any() for mask in allowed.values())])
+    if not len(rows): raise InputError(f'{emotional.paths[0].parent}: mend: judging needs two people, each neutral and in the same two classes')
+    own = torch.tensor([neutral.identities.index(emotional.identities[i]) for i in rows])
+    return dict(face=rows, neutral=own) | {name: draw_partners(mask[rows], seed + k) for k, (name, mask) in enumerate(allowed.items())}
+
+# %% ../nbs/06_transfer.ipynb #rows0001
 def judged_faces(root, size, split='test', seed=0):
     """Real faces to judge a model by, a dict of (N, 3, size, size) tensors in [-1, 1].
 
@@ -247,18 +263,9 @@ def judged_faces(root, size, split='test', seed=0):
     class; other: another person with another class; sibling: the same person with another class (these three drawn at
     random). Faces that lack one of them are left out; raises InputError when none is left.
     """
-    neutral, emotional = find_data(root, size, split)
-    people = list(dict.fromkeys(emotional.identities))
-    person, cls = torch.tensor([people.index(p) for p in emotional.identities]), torch.tensor(emotional.classes)
-    same_person, same_class = person[:, None] == person, cls[:, None] == cls
-    allowed = dict(same=~same_person & same_class, other=~same_person & ~same_class, sibling=same_person & ~same_class)
-    rows = [i for i, p in enumerate(emotional.identities)
-            if p in neutral.identities and all(mask[i].any() for mask in allowed.values())]
-    if not rows: raise InputError(f'{root}, {split}: mend: judging needs two people, each neutral and in the same two classes')
-    every, own = emotional.load(), [neutral.identities.index(emotional.identities[i]) for i in rows]
-    picked = dict(face=every[rows], neutral=neutral.load()[own],
-                  **{name: every[draw_partners(mask[rows], seed + k)] for k, (name, mask) in enumerate(allowed.items())})
-    return {name: torch.stack([to_tensor(face) for face in faces]) for name, faces in picked.items()}
+    folders = find_data(root, size, split)
+    neutral, emotional = (_to_unit(folder.load()) for folder in folders)
+    return {name: (neutral if name == 'neutral' else emotional)[rows] for name, rows in judged_rows(*folders, seed).items()}
 
 # %% ../nbs/06_transfer.ipynb #0000003c
 def l1(a, b):
@@ -271,19 +278,19 @@ def judge(model, root, split='test', seed=0):
     model: a `TwoCET`, or whatever has its `config`, `encode` and `apply`; root: a folder or a bundled name; seed: of
     partners and random codes. All are mean absolute differences, but `faces`, a count, and `cross_wins`: the share of
     faces for which a reference of the right class brings the model closer than one of a wrong class. Raises InputError
-    as `judged_faces` does.
+    as `judged_rows` does.
     """
-    real = judged_faces(root, model.config.image_size, split, seed)
-    face, neutral, zero = real['face'], real['neutral'], torch.zeros(model.config.code_dim)
+    folders, zero = find_data(root, model.config.image_size, split), torch.zeros(model.config.code_dim)
+    rows, (plain, emotional) = judged_rows(*folders, seed), (_to_unit(folder.load()) for folder in folders)
+    face, neutral, known = emotional[rows['face']], plain[rows['neutral']], model.encode(emotional)
     rng = torch.Generator().manual_seed(seed)
     code, code_2 = sample_codes(2 * len(face), model.config.code_dim, generator=rng).chunk(2)
     fake = model.apply(neutral, code)
-    cross, wrong = (l1(model.apply(neutral, model.encode(real[name])), face) for name in ('same', 'other'))
+    own, cross, wrong = (l1(model.apply(neutral, known[rows[name]]), face) for name in ('face', 'same', 'other'))
     numbers = dict(
-        copy_l1=l1(neutral, face), self_l1=l1(model.apply(neutral, model.encode(face)), face),
-        neutral_l1=l1(model.apply(face, zero), neutral), cross_l1=cross, wrong_l1=wrong, cross_wins=(cross < wrong).float(),
-        zero_l1=l1(model.apply(neutral, zero), neutral), code_l1=(code - model.encode(fake)).abs(),
-        diversity=l1(fake, model.apply(neutral, code_2)), real_diversity=l1(face, real['sibling']))
+        copy_l1=l1(neutral, face), self_l1=own, neutral_l1=l1(model.apply(face, zero), neutral), cross_l1=cross, wrong_l1=wrong, cross_wins=(cross < wrong).float(),
+        zero_l1=l1(model.apply(plain, zero), plain)[rows['neutral']], code_l1=(code - model.encode(fake)).abs(),
+        diversity=l1(fake, model.apply(neutral, code_2)), real_diversity=l1(face, emotional[rows['sibling']]))
     return dict(faces=len(face), code_chance=0.25, **{name: values.mean().item() for name, values in numbers.items()})
 
 # %% ../nbs/06_transfer.ipynb #0000003e

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'REGIONS', 'CANDIDATES', 'MEASURES', 'NAMES', 'Pair', 'truth_pairs', 'Pictures', 'read_at', 'read_pictures',
            'masked_mean', 'masked_l1', 'masked_psnr', 'ssim_map', 'masked_ssim', 'draw_answers', 'wins', 'known_units',
-           'Exam', 'transfer_errors', 'jackknife', 'mean_by_person', 'remaining', 'unit_r2', 'varying_units',
-           'judge_truth', 'print_truth', 'error_map', 'comparison']
+           'Exam', 'transfer_errors', 'jackknives', 'jackknife', 'mean_by_person', 'remaining', 'unit_r2',
+           'varying_units', 'judge_truth', 'print_truth', 'error_map', 'comparison']
 
 # %% ../nbs/07c_truth.ipynb #00000003
 from itertools import groupby
@@ -216,11 +216,15 @@ def transfer_errors(model, pairs, reader=None):
     return [rows[pair] for pair in exam.pairs]
 
 # %% ../nbs/07c_truth.ipynb #00000028
+def jackknives(statistic, rows):
+    """`jackknife` of every number of the list that statistic(rows) gives, a list."""
+    people, values = sorted({row['person'] for row in rows}), statistic(rows)
+    without = [statistic([row for row in rows if row['person'] != person]) for person in people] if len(people) > 1 else [[np.nan]*len(values)]
+    return [dict(value=float(value), se=float(np.sqrt((len(people) - 1)*np.var(others)))) for value, others in zip(values, np.transpose(without))]
+
 def jackknife(statistic, rows):
     """The value of statistic(rows) and its standard error, counted by the people in the rows: {'value', 'se'}; se is NaN for one person."""
-    people = sorted({row['person'] for row in rows})
-    without = [statistic([row for row in rows if row['person'] != person]) for person in people] if len(people) > 1 else [np.nan]
-    return dict(value=float(statistic(rows)), se=float(np.sqrt((len(people) - 1)*np.var(without))))
+    return jackknives(lambda rows: [statistic(rows)], rows)[0]
 
 def mean_by_person(rows, column):
     """The mean over people of the means of their rows; NaN where no row of a person has a number."""
@@ -255,10 +259,13 @@ def _summary(rows, names):
     numbers['wins'] = {who: mean(f'{who}_wins') for who in CANDIDATES}
     for like in ('like_target', 'like_reference'): numbers[like] = {who: mean(f'{who}_{like}') for who in CANDIDATES}
     names = varying_units(rows, names)
-    numbers['units'] = {unit: {who: jackknife(lambda rows: unit_r2(rows, who, some).mean(), rows) for who in CANDIDATES}
-                        for unit, some in {'mean': names, **{name: [name] for name in names}}.items()}
-    return numbers
+    def explained(rows, who):
+        each = unit_r2(rows, who, names).tolist()
+        return [np.mean(each), *each]
+    units = {who: jackknives(lambda rows: explained(rows, who), rows) for who in CANDIDATES}
+    return numbers | dict(units={unit: {who: units[who][k] for who in CANDIDATES} for k, unit in enumerate(['mean', *names])})
 
+# %% ../nbs/07c_truth.ipynb #judge001
 def judge_truth(model, pairs=None, reader=None):
     """Numbers about a model, each beside its anchors, from exact truth, as a nested dict: kind ('cross', 'self'), number, candidate, value and se.
 
