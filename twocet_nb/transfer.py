@@ -272,17 +272,17 @@ def l1(a, b):
     "The mean absolute difference of each pair of faces, (N,): 0 for equal ones, at most 2."
     return (a - b).abs().flatten(1).mean(1)
 
-def judge(model, root, split='test', seed=0):
+def judge(model, root, split='test', seed=0, known=None):
     """Numbers about a model on real faces, each with an anchor (see `CHECKS`), as a dict from names to numbers.
 
     model: a `TwoCET`, or whatever has its `config`, `encode` and `apply`; root: a folder or a bundled name; seed: of
-    partners and random codes. All are mean absolute differences, but `faces`, a count, and `cross_wins`: the share of
+    partners and random codes; known: the codes of all emotional faces, if somebody has them. All are mean absolute differences, but `faces`, a count, and `cross_wins`: the share of
     faces for which a reference of the right class brings the model closer than one of a wrong class. Raises InputError
     as `judged_rows` does.
     """
     folders, zero = find_data(root, model.config.image_size, split), torch.zeros(model.config.code_dim)
     rows, (plain, emotional) = judged_rows(*folders, seed), (_to_unit(folder.load()) for folder in folders)
-    face, neutral, known = emotional[rows['face']], plain[rows['neutral']], model.encode(emotional)
+    face, neutral, known = emotional[rows['face']], plain[rows['neutral']], model.encode(emotional) if known is None else known
     rng = torch.Generator().manual_seed(seed)
     code, code_2 = sample_codes(2 * len(face), model.config.code_dim, generator=rng).chunk(2)
     fake = model.apply(neutral, code)
