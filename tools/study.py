@@ -65,7 +65,7 @@ HYPOTHESES = {
     'paper for a laptop': (unpaired(), None),
     'paper for a laptop, repainting': (replace(unpaired(), network=replace(COURSE.network, relative=False)), None),
     'absolute codes': (replace(COURSE, network=replace(COURSE.network, relative=False)), None),
-    'pairs, drawn anew': (replace(COURSE, network=NetworkConfig(64, 16, he_init=True, relative=True)), None),
+    'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
     'pairs not registered': (COURSE, ('twocet_nb.pairs.register', unregistered)),
     'registered without the middle': (COURSE, ('twocet_nb.pairs.middle', no_middle)),
     'all pixels count alike': (COURSE, ('twocet_nb.trainer.change_weights', equal_weights)),

@@ -188,6 +188,7 @@ def read_config(run_dir):
         raise InputError(f'{run_dir}: no run here (no config.json); mend: give the folder that `twocet train` made')
     try:
         plain = json.loads(path.read_text(encoding='utf-8'))
+        plain.pop('disturb', None)    # of runs of older versions
         parts = dict(network=NetworkConfig.from_dict(plain['network']), losses=LossConfig.from_dict(plain['losses']),
                      speed=Speed.from_dict(plain.get('speed', {})))    # runs of older versions have none
         return TrainConfig(**plain | parts)
