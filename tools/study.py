@@ -12,8 +12,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
-from twocet_nb import data
+from twocet_nb import data, trainer
 from twocet_nb.codespace import embed, variance_shares
 from twocet_nb.config import preset
 from twocet_nb.demo import commit
@@ -27,7 +28,7 @@ from twocet_nb.truth import judge_truth
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'nbs'/'studies'/'recipe.json'
 on = Schedule.constant
-COURSE, UNPAIRED = preset('course', lr_fall=0.), preset('unpaired')    # no row knows its number of steps beforehand
+COURSE, UNPAIRED = preset('course', lr_fall=0., ema_decay=.98), preset('unpaired', ema_decay=.98)    # no row knows its number of steps beforehand
 
 
 def course(**losses):
@@ -49,25 +50,50 @@ def no_middle(size):
     return torch.zeros(size, size)
 
 
+def unlit(images, light):
+    return images
+
+
 def no_texture(images):
     return 0 * images
 
 
-def equal_weights(x_n, x_e):
-    return torch.ones_like(x_n[:, :1])
+def equal_weights(asked, answer):
+    return torch.ones_like(asked[:, :1])
+
+
+def whole_photograph(asked, photograph):
+    return photograph.float()
+
+
+def disturbed(faces, face_type, typed=trainer.typed):
+    "What D sees with differentiable augmentation (Zhao et al. 2020): brightness, saturation, contrast, a shift by up to an eighth, a square cut out."
+    def chance(width): return width * (torch.rand(len(faces), 1, 1, 1, device=faces.device) - .5)
+    x = faces + chance(1.)
+    x = (x - x.mean(1, keepdim=True)) * (1 + chance(2.)) + x.mean(1, keepdim=True)
+    x = (x - x.mean((1, 2, 3), keepdim=True)) * (1 + chance(1.)) + x.mean((1, 2, 3), keepdim=True)
+    size = x.shape[2]
+    right, down = (torch.randint(-(size // 8), size // 8 + 1, (2,))).tolist()
+    x = F.pad(x, [size // 8] * 4)[..., size // 8 + down:size // 8 + down + size, size // 8 + right:size // 8 + right + size]
+    left, top = torch.randint(-(size // 4), 3 * size // 4, (2,)).tolist()
+    kept = torch.ones(size, size, device=faces.device)
+    kept[max(0, top):max(0, top + size // 2), max(0, left):max(0, left + size // 2)] = 0
+    return typed(x * kept, face_type)
 
 
 # name: (configuration, what is replaced in the code)
 HYPOTHESES = {
     'the recipe': (COURSE, None),
-    'paper': (preset('paper', data='faces-64', network=NetworkConfig(64, 16)), None),
-    'paper, He start': (preset('paper', data='faces-64', network=NetworkConfig(64, 16, he_init=True), lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4), None),
+    'paper': (preset('paper', data='faces-64', ema_decay=.98, network=NetworkConfig(64, 16)), None),
+    'paper, He start': (preset('paper', data='faces-64', ema_decay=.98, network=NetworkConfig(64, 16, he_init=True), lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4), None),
     'paper for a laptop': (unpaired(), None),
     'paper for a laptop, repainting': (replace(unpaired(), network=replace(COURSE.network, relative=False)), None),
     'absolute codes': (replace(COURSE, network=replace(COURSE.network, relative=False)), None),
     'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
     'pairs not registered': (COURSE, ('twocet_nb.pairs.register', unregistered)),
     'registered without the middle': (COURSE, ('twocet_nb.pairs.middle', no_middle)),
+    'asked for the whole photograph': (COURSE, ('twocet_nb.trainer.right_answer', whole_photograph)),
+    'light not registered': (COURSE, ('twocet_nb.pairs.relit', unlit)),
     'all pixels count alike': (COURSE, ('twocet_nb.trainer.change_weights', equal_weights)),
     'texture does not count': (COURSE, ('twocet_nb.pairs.texture', no_texture)),
     'no identity loss': (course(identity=on(0.)), None),
@@ -75,9 +101,12 @@ HYPOTHESES = {
     'half the channels': (replace(COURSE, network=replace(COURSE.network, width=8)), None),
     'code of 8 numbers': (replace(COURSE, network=replace(COURSE.network, code_dim=8)), None),
     'batch of 16': (replace(COURSE, batch_size=16), None),
+    'averages that forget faster': (replace(COURSE, ema_decay=.9), None),
+    'averages that forget slower': (replace(COURSE, ema_decay=.995), None),
     'twice the learning rate': (replace(COURSE, lr_generator=2e-3, lr_encoder=2e-3), None),
     'half the learning rate': (replace(COURSE, lr_generator=5e-4, lr_encoder=5e-4), None),
     'D from the first step': (course(adv_e=on(.02), adv_n=on(.02), cyc_n=on(.5)), None),
+    'D from the first step, DiffAugment': (course(adv_e=on(.02), adv_n=on(.02), cyc_n=on(.5)), ('twocet_nb.trainer.typed', disturbed)),
     'code loss, random codes': (replace(course(adv_e=on(.02), cyc_n=on(.5), code=on(.2)), borrowed=0.), None),
     'laptop, R1 x 10': (unpaired(r1=1.), None),
     'laptop, no diversity': (unpaired(ds=on(0.)), None),
@@ -85,12 +114,15 @@ HYPOTHESES = {
     'laptop, Gaussian codes': (replace(unpaired(), codes='gaussian'), None),
     'laptop, half borrowed codes': (replace(unpaired(), borrowed=.5), None),
     'laptop, slower D': (replace(unpaired(), lr_discriminator=2e-4), None),
+    'laptop, one sub-step a step': (replace(unpaired(), cycles='ab'), None),
+    'laptop, DiffAugment': (unpaired(), ('twocet_nb.trainer.typed', disturbed)),
 }
 
 
 def train(config, seconds, folder):
     "A run of so many seconds of processor time; what comes before the first step does not count."
-    run = Trainer(replace(config, ema_decay=.98, memory_check=False), folder, quiet=True)
+    run = Trainer(replace(config, memory_check=False), folder, quiet=True)
+    torch.manual_seed(config.seed)    # of DiffAugment; all else has seeds of its own
     began = time.process_time()
     while time.process_time() - began < seconds:
         run.train_step()

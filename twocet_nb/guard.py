@@ -143,7 +143,7 @@ _EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr
            cycles='used from the next step on; later batches are drawn anew',
            paired='later batches are drawn like this',
            data='later batches are drawn from these faces; what was learned from the others stays',
-           losses='weighs from the next step on', start_from='ignored: a run goes on from its own checkpoint'))
+           losses='weighs from the next step on', start_from='pairs not yet registered are registered by its drawings; the weights are those of the checkpoint'))
 
 # %% ../nbs/04c_guard.ipynb #0000002a
 def differences(old, new):

@@ -112,11 +112,8 @@ def shrunken(images, config):
 
 
 # %% ../nbs/03_networks.ipynb #00000010
-class Generator(nn.Module):
-    """G(x, c): faces x (N, 3, S, S) in [-1, 1] and codes c (N, code_dim) to faces (N, 3, S, S), not clamped.
-
-    The zero code asks for the neutral face (section 3.1). Raises InputError for faces or codes of another shape.
-    """
+class _GeneratorLayers(nn.Module):
+    "What the generator consists of: an encoding half, which no code reaches, and a decoding half."
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -131,12 +128,25 @@ class Generator(nn.Module):
         if config.he_init: init_he(self)
         if config.repaint: start_as_copy(self.to_rgb[-1])
 
-    def forward(self, x, code):
+# %% ../nbs/03_networks.ipynb #be1e618e
+class Generator(_GeneratorLayers):
+    """G(x, c): faces x (N, 3, S, S) in [-1, 1] and codes c (N, code_dim) to faces (N, 3, S, S), not clamped.
+
+    The zero code asks for the neutral face (section 3.1). Raises InputError for faces or codes of another shape.
+    """
+    def look(self, x):
+        "What the encoding half sees in faces, (N, C, h, w); no code is needed for it."
         _check_images(x, self.config)
         y = self.from_rgb(shrunken(x, self.config))
         for block in self.encode: y = block(y)
-        for block in self.decode: y = block(y, code)
-        return recompose(x, self.to_rgb(y)) if self.config.repaint else self.to_rgb(y)
+        return y
+
+    def draw(self, x, seen, code):
+        "What the decoding half makes of faces in which `seen` was seen."
+        for block in self.decode: seen = block(seen, code)
+        return recompose(x, self.to_rgb(seen)) if self.config.repaint else self.to_rgb(seen)
+
+    def forward(self, x, code): return self.draw(x, self.look(x), code)
 
 # %% ../nbs/03_networks.ipynb #00000018
 def make_trunk(c_in, config):

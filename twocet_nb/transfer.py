@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HELPED', 'DIFFERED', 'CHECKS', 'as_list', 'in_chunks', 'are_emotional', 'check_numbers', 'check_codes',
-           'draw_chunk', 'draw', 'TwoCET', 'averaged_model', 'draw_partners', 'judged_rows', 'judged_faces', 'l1',
-           'judge', 'judgement', 'print_judgement', 'judge_run']
+           'seen_in', 'draw_chunk', 'draw', 'TwoCET', 'averaged_model', 'draw_partners', 'judged_rows', 'judged_faces',
+           'l1', 'judge', 'judgement', 'print_judgement', 'judge_run']
 
 # %% ../nbs/06_transfer.ipynb #00000003
 import copy
@@ -90,13 +90,24 @@ def check_codes(codes, code_dim):
     return codes
 
 # %% ../nbs/06_transfer.ipynb #00000014
+def seen_in(model, faces):
+    "What the generator's encoding half sees in faces. It is remembered until other faces come, or a weight changes: sliders ask for the same face again and again."
+    weights = id(model.generator), [p._version for p in model.generator.parameters()]
+    known, then, seen = model.last_seen
+    if then != weights or not torch.equal(known, faces):
+        seen = model.generator.look(faces)
+        model.last_seen = faces, weights, seen
+    return seen
+
+# %% ../nbs/06_transfer.ipynb #b9837d63
 @torch.inference_mode()
 def draw_chunk(model, images, codes, emotional):
     "Some faces of `draw`: a clamped (N, 3, S, S) tensor on the CPU."
     faces, codes, n = prepare(model, images), codes.to(model.device), max(len(images), len(codes))
     if emotional.any():
         faces[emotional] = model.generator(faces[emotional], codes.new_zeros(int(emotional.sum()), codes.shape[1]))
-    return model.generator(faces.expand(n, -1, -1, -1), codes.expand(n, -1)).clamp(-1, 1).cpu()
+    seen = seen_in(model, faces)
+    return model.generator.draw(*(x.expand(n, -1, -1, -1) for x in (faces, seen)), codes.expand(n, -1)).clamp(-1, 1).cpu()
 
 def draw(model, targets, codes, target_type=0, one=False):
     """G(n, c), where n is a neutral target or G(x, 0) of an emotional one (see `are_emotional`).
@@ -218,6 +229,7 @@ class TwoCET:
         self.config, self.device, self.card = config, pick_device(device), card or {}
         self.generator, self.encoder = (network.to(self.device).eval().requires_grad_(False)
                                         for network in (generator, encoder))
+        self.last_seen = torch.empty(0), None, None
 
     def __repr__(self):
         millions = ' + '.join(f'{count_parameters(n) / 1e6:.2f}' for n in (self.generator, self.encoder))
