@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -119,9 +120,20 @@ HYPOTHESES = {
 }
 
 
-def train(config, seconds, folder):
-    "A run of so many seconds of processor time; what comes before the first step does not count."
+@cache
+def moves(root, replaced):
+    "The moves of all pairs of a data set; `replaced` says which way of registering them is at work."
+    batches = trainer.make_batches(replace(COURSE, data=root), torch.device('cpu'))
+    for numbers in torch.arange(len(batches.moves)).split(64):
+        places = batches.raw.partner[numbers], numbers
+        batches.moves_of(numbers, *(data._to_unit(data._some(faces, some)) for faces, some in zip(batches.raw.raw.faces, places)))
+    return batches.moves
+
+
+def train(config, seconds, folder, replaced=''):
+    "A run of so many seconds of processor time; what comes before the first step, registration too, does not count."
     run = Trainer(replace(config, memory_check=False), folder, quiet=True)
+    if config.paired: run.batches.moves = moves(config.data, replaced if replaced.startswith('twocet_nb.pairs') else '').clone()
     torch.manual_seed(config.seed)    # of DiffAugment; all else has seeds of its own
     began = time.process_time()
     while time.process_time() - began < seconds:
@@ -146,7 +158,7 @@ def results():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--seconds', type=int, default=120, help='processor time of each training (default: 120)')
+    parser.add_argument('--seconds', type=int, default=60, help='processor time of each training (default: 60)')
     parser.add_argument('--rows', nargs='*', default=list(HYPOTHESES), help='which hypotheses (default: all)')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -155,7 +167,7 @@ def main():
             continue
         config, replaced = HYPOTHESES[name]
         with tempfile.TemporaryDirectory() as folder, patch(*replaced) if replaced else nullcontext():
-            run = train(config, args.seconds, Path(folder)/'run')
+            run = train(config, args.seconds, Path(folder)/'run', replaced[0] if replaced else '')
             row = dict(steps=run.step) | numbers(run)
         found = results()      # another process may have added rows
         found |= dict(command=f'python tools/study.py --seconds {args.seconds}', commit=commit(), seed=config.seed,
