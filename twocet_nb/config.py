@@ -102,7 +102,7 @@ class TrainConfig(RunOptions):
     __post_init__ = checked
 
 # %% ../nbs/04b_config.ipynb #new00002
-CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e', 'identity'))    # whose losses are whose
+CYCLES = dict(a=('adv_e', 'cyc_n', 'code', 'ds'), b=('adv_n', 'cyc_e', 'pair_n', 'pair_e', 'identity', 'size'))    # whose losses are whose
 
 def only(weights, cycles):
     "The loss weights by name, with zeros for the losses of cycles that are not asked for: 'ab' (all), 'a' or 'b'."
@@ -126,7 +126,7 @@ def course_losses(steps=4_000):
     act = max(1, steps * 4 // 5)
     late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 75), weight)))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
-    return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
+    return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), size=Schedule.constant(0.01), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
                       cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
 
 # %% ../nbs/04b_config.ipynb #00000012

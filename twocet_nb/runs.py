@@ -71,7 +71,7 @@ def plot_history(records):
     records: what `History.records` holds; the names are those of `LossConfig`, and of the terms of D.
     """
     panels = dict(discriminator=('d_e', 'd_n', 'r1_e', 'r1_n'), generator=('adv_e', 'adv_n', 'ds'),
-                  reconstruction=('cyc_n', 'cyc_e', 'code', 'identity', 'pair_e', 'pair_n'))
+                  reconstruction=('cyc_n', 'cyc_e', 'code', 'identity', 'pair_e', 'pair_n', 'size'))
     figure = Figure(figsize=(9, 2.4), layout='constrained')
     for ax, (title, names) in zip(figure.subplots(1, 3), panels.items()):
         for name in names:

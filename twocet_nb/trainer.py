@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalties, sample_codes
+from .losses import adversarial_loss, code_loss, cycle_loss, diversity_loss, r1_penalties, sample_codes, size_loss
 from .networks import build_networks
 from .pairs import change_weights, pair_loss, right_answer
 from .speed import Speed, move_towards, together
@@ -75,15 +75,17 @@ def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, relativ
     the real face, and so does the emotional face of a pair.
     """
     on, zero, ask = {n for n in NEEDS if weights[n] and NEEDS[n] in fakes}, torch.zeros_like(code), partial(together, one_pass=one_pass)
-    if weights['pair_e']: on.add('pair_e')
+    on |= {name for name in ('pair_e', 'size') if weights[name]}
     logits = ask(D, {name: typed(fakes[NEEDS[name]], NEEDS[name]) for name in ('adv_e', 'adv_n') if name in on})
     wanted = dict(code=(fakes.get(1), x_n)) if 'code' in on else {}
-    if on & {'cyc_e', 'pair_e'}: wanted['real'] = x_e, fakes[0].detach().clamp(-1, 1) if 0 in fakes else x_n
+    if on & {'cyc_e', 'pair_e', 'size'}: wanted['real'] = x_e, fakes[0].detach().clamp(-1, 1) if 0 in fakes else x_n
     codes = ask_encoder(partial(ask, E), wanted, relative)
-    back = dict(cyc_n=(fakes.get(1), zero), cyc_e=(fakes.get(0), codes.get('real')), pair_e=(x_n, codes.pop('real', None)))
+    real = codes.pop('real', None)
+    back = dict(cyc_n=(fakes.get(1), zero), cyc_e=(fakes.get(0), real), pair_e=(x_n, real))
     back = {name: inputs for name, inputs in back.items() if name in on}
     if weights['identity']: back['identity'] = x_n, zero
-    return logits | codes | ask(G, back) | ({'pair_n': fakes[0]} if 'pair_n' in on else {})
+    ready = dict(pair_n=fakes.get(0), size=real)
+    return logits | codes | ask(G, back) | {name: ready[name] for name in ready if name in on}
 
 # %% ../nbs/05_trainer.ipynb #0000002f
 def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True, speed=Speed(), relative=False):
@@ -93,7 +95,8 @@ def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional
     """
     answers = ask_networks(G, E, D, x_n, x_e, fakes, code, weights, speed.one_pass, relative)
     compare = dict(adv_e=lambda logits: adversarial_loss(logits, True), adv_n=lambda logits: adversarial_loss(logits, True),
-                   cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code), identity=partial(cycle_loss, x_n))
+                   cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code), identity=partial(cycle_loss, x_n),
+                   size=size_loss)
     if answers.keys() & {'pair_e', 'pair_n'}:
         answer_e, answer_n = right_answer(x_n, x_e), right_answer(x_e, x_n)
         counts = change_weights(x_n, answer_e)
