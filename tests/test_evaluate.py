@@ -11,7 +11,7 @@ from twocet_nb.cli import main
 from twocet_nb.config import preset
 from twocet_nb.data import InputError, bundled, list_faces
 from twocet_nb.features import FaceReader
-from twocet_nb.metrics import STRENGTHS, evaluate, evaluate_run, real_features, some_cross, strength_response
+from twocet_nb.metrics import STRENGTHS, evaluate, evaluate_run, new_exam, real_features, some_cross, strength_response
 from twocet_nb.trainer import Trainer
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import known_units, read_at, truth_pairs
@@ -57,10 +57,15 @@ def other_person(targets, references):
     return read_at(truth_pairs('truth-64')[0].answer, 64)[None].expand(len(targets), -1, -1, -1)
 
 
+@pytest.fixture(scope='module')
+def exam():
+    return new_exam('faces-64', 64)
+
+
 @pytest.mark.parametrize('answer, caught', [(lambda targets, references: targets, 0), (other_person, 1), (lambda targets, references: references, 2)],
                          ids=['copies its input', 'ignores its code', 'leaks identity'])
-def test_a_cheat_is_exposed(answer, caught):
-    report = evaluate(Cheat(answer), 'faces-64', per_class=1, resamples=0)
+def test_a_cheat_is_exposed(answer, caught, exam):
+    report = evaluate(Cheat(answer), 'faces-64', per_class=1, resamples=0, exam=exam)
     assert report['questions'][caught]['cheating'], report['questions']
 
 

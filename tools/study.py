@@ -97,6 +97,7 @@ HYPOTHESES = {
     'light not registered': (COURSE, ('twocet_nb.pairs.relit', unlit)),
     'all pixels count alike': (COURSE, ('twocet_nb.trainer.change_weights', equal_weights)),
     'texture does not count': (COURSE, ('twocet_nb.pairs.texture', no_texture)),
+    'codes of any size': (course(size=on(0.)), None),
     'no identity loss': (course(identity=on(0.)), None),
     'twice the channels, for 32 px': (replace(COURSE, network=replace(COURSE.network, width=32, shrink=2)), None),
     'half the channels': (replace(COURSE, network=replace(COURSE.network, width=8)), None),
