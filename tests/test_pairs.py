@@ -41,6 +41,18 @@ def test_a_stopped_run_goes_on_to_the_last_bit(whole, tmp_path, few_faces):
     assert torch.equal(weights(Trainer.resume(tmp_path/'run', quiet=True).fit()), weights(whole))
 
 
+def test_a_run_that_began_with_weights_registers_what_they_draw(whole, tmp_path, few_faces):
+    begun = short(few_faces, start_from=str(whole.run_dir), seed=1)
+    run = Trainer(begun, tmp_path/'run', quiet=True).fit()
+    x_n, x_e = run.batches[0]
+    drawn = run.batches.draw(x_n, x_e)
+    assert not torch.equal(drawn, x_n) and not drawn.requires_grad
+    Trainer(begun, tmp_path/'two', quiet=True).fit(3)
+    again = Trainer.resume(tmp_path/'two', quiet=True)
+    assert torch.equal(again.batches.draw(x_n, x_e), drawn), 'a resumed run asks the weights that it began with'
+    assert torch.equal(weights(again.fit()), weights(run))
+
+
 def test_every_network_learned(whole):
     fresh = Trainer(short(whole.config.data), whole.run_dir.parent/'fresh', quiet=True)
     for name in ('generator', 'encoder', 'discriminator'):
