@@ -62,7 +62,8 @@ def _step(small, answer, moves, counts, calm, little=1e-3):
     J, rest = torch.stack(changes, 2), (answer - now).flatten(1)[..., None]
     weighted = (counts / ((answer - now)**2 + calm**2).sqrt()).flatten(1)[..., None] * J
     A = weighted.mT @ J
-    return torch.linalg.solve(A + 1e-3 * torch.diag_embed(A.diagonal(dim1=1, dim2=2)), weighted.mT @ rest)[..., 0]    # a little more on the diagonal: no wild steps
+    damped = A + torch.diag_embed(1e-3 * A.diagonal(dim1=1, dim2=2) + 1e-3)    # no wild steps, and none along numbers that change nothing
+    return torch.linalg.solve(damped, weighted.mT @ rest)[..., 0]
 
 # %% ../nbs/03b_pairs.ipynb #cfe8e44b
 STAGES = (32, 6), (64, 3)    # of a registration, first coarse, then fine: px at which pictures are compared, steps
