@@ -144,15 +144,12 @@ class PairBatches(FaceBatches):
             self.moves[numbers[new]] = register(self.draw(x_n, x_e), x_e).cpu()
         return self.moves[numbers].to(self.device)
 
-    def somebody_else(self, i, size):
-        "The `warps` and `tints` of batch i, all of it."
-        count = self.raw.raw.batch_size
-        return warps(count, size, (self.seed, i)), tints(count, (self.seed, i))
-
     def _finish(self, i, raw):
         x_n, x_e = (_to_unit(pixels.to(self.device)) for pixels in raw[:2])
         way, warp = self.moves_of(raw[2], x_n, x_e) / 2, 0
-        if self.augmented: warp, factors = (made[self.raw.share].to(self.device) for made in self.somebody_else(i, x_n.shape[2]))
+        if self.augmented:    # somebody else's face: made for the whole batch, of which this is a share
+            count, seed = self.raw.raw.batch_size, (self.seed, i)
+            warp, factors = (made[self.raw.share].to(self.device) for made in (warps(count, x_n.shape[2], seed), tints(count, seed)))
         pair = place(x_n, way, warp=warp), place(x_e, -way, warp=warp)
         if not self.augmented: return pair
         return tuple(augment(tinted(x, factors), _seed_from(self.seed, 'augment', i), self.raw.share.start) for x in pair)
