@@ -58,7 +58,7 @@ ship: .venv/with-base  ## put the weights of a run into data/: make ship RUN=run
 reader: .venv/with-base  ## train the small face reader that measures offline, 20 minutes on one core, into data/
 	$(BIN)/python tools/reader.py
 
-study: .venv/with-base  ## try all hypotheses of the recipe anew, an hour on one core: nbs/studies/recipe.json
+study: .venv/with-base  ## try all hypotheses of the recipe anew, two hours on one core: nbs/studies/recipe.json
 	rm -f nbs/studies/recipe.json
 	$(BIN)/python tools/study.py
 

@@ -159,7 +159,7 @@ def results():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--seconds', type=int, default=60, help='processor time of each training (default: 60)')
+    parser.add_argument('--seconds', type=int, default=150, help='processor time of each training (default: 150)')
     parser.add_argument('--rows', nargs='*', default=list(HYPOTHESES), help='which hypotheses (default: all)')
     args = parser.parse_args()
     torch.set_num_threads(1)
