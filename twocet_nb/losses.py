@@ -292,7 +292,8 @@ class LossConfig(_LossRecord):
     r"""Which losses a run uses and how much each weighs at each step; the defaults are the paper's (section 4.2).
 
     adv_e, cyc_n, code, ds (equation 5), adv_n, cyc_e (equation 8): Schedules; so are four of ours, off in the paper's: identity
-    ($\|x_n - G(x_n, 0)\|_1$) and, for pairs of one person, pair_e ($\|x_e - G(x_n, E(x_e))\|_1$) and pair_n ($\|x_n - G(x_e, 0)\|_1$), and size
+    ($\|x_n - G(x_n, 0)\|_1$) and, for pairs of one person, pair_e
+    ($G(x_n, E(x_e))$ beside `pairs.right_answer`) and pair_n (so for $G(x_e, 0)$), and size
     (the mean square of the codes of real faces, see `size_loss`).
     r1: weight of R1, >= 0. r1_every: R1 is computed at every n-th update of D (n >= 1) and then counts n times.
     proportional_diversity: use `diversity_factor`. Frozen, hashable; raises InputError for values of another kind.

@@ -17,10 +17,14 @@ from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment,
 # %% ../nbs/03b_pairs.ipynb #00000008
 MOVES = 10    # numbers that say how a picture is laid: right, down, larger, turned, the middle of the face further to the right, and five of the light, see `relit`
 
+def _centres(size):
+    "How far down and how far to the right the pixels of a picture are, from 0 to 1: two tensors (size, size)."
+    places = (torch.arange(size) + .5) / size
+    return torch.meshgrid(places, places, indexing='ij')
+
 def middle(size):
     """How much each pixel belongs to the middle of a face, (size, size), from 0 to 1: a bell about the bridge of the nose."""
-    places = (torch.arange(size) + .5) / size
-    down, right = torch.meshgrid(places, places, indexing='ij')
+    down, right = _centres(size)
     return torch.exp(-((right - .5)**2 + (down - .46)**2) / (2 * .22**2))
 
 # %% ../nbs/03b_pairs.ipynb #fe2bd3b5
@@ -157,8 +161,7 @@ class PairBatches(FaceBatches):
 # %% ../nbs/03b_pairs.ipynb #981ab939
 def expressive(size):
     """How much each pixel belongs to where expressions are, (size, size): 1 from brows to chin, and softly less towards hair, ears and neck."""
-    places = (torch.arange(size) + .5) / size
-    down, right = torch.meshgrid(places, places, indexing='ij')
+    down, right = _centres(size)
     return torch.exp(-((right - .5) / .27)**4 - ((down - .66) / .36)**4)
 
 def right_answer(asked, photograph):

@@ -206,9 +206,8 @@ def starting_networks(config, resuming=False):
 
 # %% ../nbs/05a_run.ipynb #3aef2d10
 @torch.no_grad()
-def draw_pairs(networks, x_n, x_e):
-    "Faces x_n with the expressions of x_e, both (N, 3, S, S), as the generator and the encoder among networks draw them."
-    G, E = networks['generator'], networks['encoder']
+def draw_pairs(G, E, x_n, x_e):
+    "Faces x_n with the expressions of x_e, both (N, 3, S, S), as G and E draw them."
     return G(x_n, read_codes(G, E, x_e)).clamp(-1, 1)
 
 # %% ../nbs/05a_run.ipynb #00000018
@@ -286,7 +285,9 @@ class TrainingRun:
         self.networks = networks.to(self.device)
         self.optimizers = make_optimizers(self.networks, config)
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
-        if config.paired and config.start_from: self.batches.draw = partial(draw_pairs, starting_networks(config).to(self.device))
+        if config.paired and config.start_from:
+            begun = starting_networks(config)
+            self.batches.draw = partial(draw_pairs, *(begun[name].to(self.device) for name in ('generator', 'encoder')))
         if checkpoint is not None: self.restore(checkpoint)
         self.history, self.evaluations = (History(self.run_dir/f'{name}.jsonl', last_step=self.step) for name in ('history', 'evaluations'))
 
