@@ -8,7 +8,7 @@ __all__ = ['CYCLES', 'PRESETS', 'RunOptions', 'checked', 'TrainConfig', 'only', 
 
 # %% ../nbs/04b_config.ipynb #00000003
 import json, math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .data import FaceFolder, InputError, bundled, packs
@@ -48,6 +48,8 @@ def _check_cycles(config):
         raise InputError(f"cycles is {config.cycles!r}; mend: sub-steps such as 'ab ab a'")
     if not (config.paired or config.losses.pair_e.is_off and config.losses.pair_n.is_off):
         raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
+    if config.still and not config.paired:
+        raise InputError('still says of pairs that nobody moved; mend: paired=True, or still=False')
     if config.network.relative and not config.paired:
         raise InputError('relative codes need the neutral face of every person; mend: paired=True, or a network with relative=False')
 
@@ -80,7 +82,7 @@ class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
     data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`;
-    borrowed: the share that are codes of other faces instead; paired: see `PairBatches`; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    borrowed: the share that are codes of other faces instead; paired, still: see `PairBatches`; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -97,6 +99,7 @@ class TrainConfig(RunOptions):
     cycles: str = 'ab ab a'
     borrowed: float = 0.
     paired: bool = False
+    still: bool = False
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
@@ -148,6 +151,11 @@ def _course(steps=4000, **changes):
                   lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, lr_fall=.5, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
+def _still(steps=4000, **changes):
+    "The course on pictures of people who did not move between them, see `faces.plan.hold_still`: the recipe of the shipped weights."
+    losses = replace(course_losses(steps), pair_n=Schedule.constant(.5))
+    return _course(steps, **dict(data='faces-still', still=True, losses=losses) | changes)
+
 def _course128(steps=1200, **changes):
     "128 px on a CPU, begun with the shipped 64 px weights: the recipe of the shipped weights faces-128."
     return _course(steps, **dict(data='faces-128', network=NetworkConfig.course(128), start_from='faces-64') | changes)
@@ -160,12 +168,12 @@ def _tiny(steps=20, **changes):
                   log_every=1, sample_every=10, save_every=10)
     return _unpaired(steps, **recipe | changes)
 
-PRESETS = dict(paper=TrainConfig, readme=_readme, unpaired=_unpaired, course=_course, course128=_course128, tiny=_tiny)
+PRESETS = dict(paper=TrainConfig, readme=_readme, unpaired=_unpaired, course=_course, still=_still, course128=_course128, tiny=_tiny)
 for _name, _make in PRESETS.items(): setattr(TrainConfig, _name, staticmethod(_make))    # TrainConfig.course(steps=400)
 
 # %% ../nbs/04b_config.ipynb #00000013
 def preset(name, **changes):
-    """The `TrainConfig` called paper, readme, unpaired, course, course128 or tiny, with any field changed.
+    """The `TrainConfig` called paper, readme, unpaired, course, still, course128 or tiny, with any field changed.
 
     Raises InputError for another name, for a field that does not exist and for values that make no sense.
     """

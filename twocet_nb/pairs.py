@@ -132,13 +132,13 @@ class _RawPairs(Dataset):
 class PairBatches(FaceBatches):
     """Endless batches (x_n, x_e) as `FaceBatches` gives them, but x_n[k] is the neutral face of the person of x_e[k], and both are registered.
 
-    Parameters as there; draw: a function of (x_n, x_e) that shows x_n with the expression of x_e, as well as it can, to be registered in the place of x_n.
+    Parameters as there; still: nobody moved between the pictures, they are taken as they are; draw: a function of (x_n, x_e) that shows x_n with the expression of x_e, as well as it can, to be registered in the place of x_n.
     Raises InputError for a person without a neutral face.
     """
-    def __init__(self, neutral, emotional, *given, draw=lambda x_n, x_e: x_n, **named):
+    def __init__(self, neutral, emotional, *given, still=False, draw=lambda x_n, x_e: x_n, **named):
         super().__init__(neutral, emotional, *given, **named)
         self.draw, self.raw = draw, _RawPairs(self.raw, partners(neutral, emotional))
-        self.moves = torch.full((len(emotional), MOVES), torch.nan)    # not a number: not registered yet
+        self.moves = torch.full((len(emotional), MOVES), 0. if still else torch.nan)    # not a number: not registered yet
 
     def moves_of(self, numbers, x_n, x_e):
         "The moves of these pairs, (N, 10); the pairs that are new are registered."
@@ -164,9 +164,12 @@ def expressive(size):
     down, right = _centres(size)
     return torch.exp(-((right - .5) / .27)**4 - ((down - .66) / .36)**4)
 
-def right_answer(asked, photograph):
-    """What G should make of the pictures it is asked about: the registered photographs of the other face type where the face is `expressive`, elsewhere what was asked. All (N, 3, S, S)."""
-    return torch.lerp(asked.float(), photograph.float(), expressive(asked.shape[2]).to(asked.device))
+def right_answer(asked, photograph, still=False):
+    """What G should make of the pictures it is asked about, all (N, 3, S, S): the registered photographs of the other face type where the face is `expressive`, elsewhere what was asked.
+
+    still: nobody moved between the pictures; then the photographs are the answer, all of them.
+    """
+    return photograph if still else torch.lerp(asked.float(), photograph.float(), expressive(asked.shape[2]).to(asked.device))
 
 # %% ../nbs/03b_pairs.ipynb #0000001e
 def change_weights(asked, answer):

@@ -88,17 +88,17 @@ def ask_networks(G, E, D, x_n, x_e, fakes, code, weights, one_pass=True, relativ
     return logits | codes | ask(G, back) | {name: ready[name] for name in ready if name in on}
 
 # %% ../nbs/05_trainer.ipynb #0000002f
-def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True, speed=Speed(), relative=False):
+def generator_loss(G, E, D, x_n, x_e, fakes, code, code_2, weights, proportional=True, speed=Speed(), relative=False, still=False):
     """What E and G minimise in one sub-step (equations 5 and 8 added up), and its terms by name.
 
-    fakes: what `make_fakes` returned; code, code_2: (N, code_dim); relative: as in `ask_networks`. Returns (loss or None, {name: tensor}).
+    fakes: what `make_fakes` returned; code, code_2: (N, code_dim); relative: as in `ask_networks`; still: as in `right_answer`. Returns (loss or None, {name: tensor}).
     """
     answers = ask_networks(G, E, D, x_n, x_e, fakes, code, weights, speed.one_pass, relative)
     compare = dict(adv_e=lambda logits: adversarial_loss(logits, True), adv_n=lambda logits: adversarial_loss(logits, True),
                    cyc_n=partial(cycle_loss, x_n), cyc_e=partial(cycle_loss, x_e), code=partial(code_loss, code), identity=partial(cycle_loss, x_n),
                    size=size_loss)
     if answers.keys() & {'pair_e', 'pair_n'}:
-        answer_e, answer_n = right_answer(x_n, x_e), right_answer(x_e, x_n)
+        answer_e, answer_n = right_answer(x_n, x_e, still), right_answer(x_e, x_n, still)
         counts = change_weights(x_n, answer_e)
         compare |= dict(pair_e=lambda drawn: pair_loss(drawn, answer_e, counts), pair_n=lambda drawn: pair_loss(drawn, answer_n, counts))
     terms = {name: compare[name](answer) for name, answer in answers.items()}
@@ -150,7 +150,7 @@ from .speed import make_adam, speed_up
 # %% ../nbs/05a_run.ipynb #00000009
 def make_batches(config, device, rank=0, world=1):
     "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each."
-    kind = PairBatches if config.paired else FaceBatches
+    kind = partial(PairBatches, still=config.still) if config.paired else FaceBatches
     return kind(*find_data(config.data, config.network.image_size, 'train'), config.batch_size, config.seed,
                 device, memory=config.memory, workers=config.workers, rank=rank, world=world)
 
@@ -285,7 +285,7 @@ class TrainingRun:
         self.networks = networks.to(self.device)
         self.optimizers = make_optimizers(self.networks, config)
         self.batches = make_batches(config, self.device, self.accelerator.process_index, self.accelerator.num_processes)
-        if config.paired and config.start_from:
+        if config.paired and config.start_from and not config.still:
             begun = starting_networks(config)
             self.batches.draw = partial(draw_pairs, *(begun[name].to(self.device) for name in ('generator', 'encoder')))
         if checkpoint is not None: self.restore(checkpoint)
@@ -360,7 +360,7 @@ def sub_step(run, number, weights, cycles='ab'):
     run.update(['discriminator'], d_loss)
     with frozen(d_network) if speed.freeze else nullcontext():
         shown = shown if speed.share_fakes else fakes()
-        g_loss, g_terms = run.phases['g'](generator_loss, G, E, D, x_n, x_e, shown, code, code_2, weights, losses.proportional_diversity, speed, relative)
+        g_loss, g_terms = run.phases['g'](generator_loss, G, E, D, x_n, x_e, shown, code, code_2, weights, losses.proportional_diversity, speed, relative, run.config.still)
         run.update(['generator', 'encoder'], g_loss)
     terms = {name: term.detach() for name, term in (d_terms | g_terms).items()}
     run.unchecked.append((number, terms))
