@@ -28,7 +28,7 @@ def test_hypotheses_differ_from_the_recipe():
 
 
 def test_results_name_their_making():
-    assert {'command', 'commit', 'seed', 'data', 'exam', 'rows'} <= RESULTS.keys()
+    assert {'command', 'seed', 'data', 'exam', 'rows'} <= RESULTS.keys() and all(row['commit'] for row in RESULTS['rows'].values())
     assert RESULTS['rows'].keys() <= study.HYPOTHESES.keys() and {'the recipe', 'paper'} <= RESULTS['rows'].keys()
 
 

@@ -1,6 +1,6 @@
 """Put rendered packs into data/: python tools/pack.py runs/faces (the last step of `make faces`).
 
-The folder holds what `twocet faces make` made, `cfee` and `rafd`; the truth of test pairs of the first, with masks, is rendered beside them.
+The folder holds what `twocet faces make` made, `cfee`, `still` and `rafd`; the truth of test pairs of the first, with masks, is rendered beside them.
 Each becomes a zip in data/, with its card in data/faces.json and its hash in data/README.md.
 """
 import hashlib
@@ -14,7 +14,7 @@ from twocet_nb.faces.pack import make_truth, zip_pack
 DATA = Path(__file__).resolve().parents[1]/'data'
 CROSS = 208  # pairs of two people: the eight neutral test faces x 26, every class eight or nine times
 OWN = 200  # pairs of one person: the eight x 25 emotions, all there are
-FILES = {'cfee': 'faces-128.zip', 'rafd': 'angles-128.zip', 'truth': 'truth-128.zip'}
+FILES = {'cfee': 'faces-128.zip', 'still': 'still-128.zip', 'rafd': 'angles-128.zip', 'truth': 'truth-128.zip'}
 
 
 def add(folder, file):

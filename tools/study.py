@@ -63,7 +63,7 @@ def equal_weights(asked, answer):
     return torch.ones_like(asked[:, :1])
 
 
-def whole_photograph(asked, photograph):
+def whole_photograph(asked, photograph, still=False):
     return photograph.float()
 
 
@@ -89,6 +89,8 @@ HYPOTHESES = {
     'paper, He start': (preset('paper', data='faces-64', ema_decay=.98, network=NetworkConfig(64, 16, he_init=True), lr_generator=6e-4, lr_encoder=6e-4, lr_discriminator=6e-4), None),
     'paper for a laptop': (unpaired(), None),
     'paper for a laptop, repainting': (replace(unpaired(), network=replace(COURSE.network, relative=False)), None),
+    'people who hold still': (replace(COURSE, data='still-64', still=True), None),
+    'people who hold still, pair_n half': (replace(course(pair_n=on(.5)), data='still-64', still=True), None),
     'absolute codes': (replace(COURSE, network=replace(COURSE.network, relative=False)), None),
     'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
     'pairs not registered': (COURSE, ('twocet_nb.pairs.register', unregistered)),
@@ -134,7 +136,7 @@ def moves(root, replaced):
 def train(config, seconds, folder, replaced=''):
     "A run of so many seconds of processor time; what comes before the first step, registration too, does not count."
     run = Trainer(replace(config, memory_check=False), folder, quiet=True)
-    if config.paired: run.batches.moves = moves(config.data, replaced if replaced.startswith('twocet_nb.pairs') else '').clone()
+    if config.paired and not config.still: run.batches.moves = moves(config.data, replaced if replaced.startswith('twocet_nb.pairs') else '').clone()
     torch.manual_seed(config.seed)    # of DiffAugment; all else has seeds of its own
     began = time.process_time()
     while time.process_time() - began < seconds:
@@ -169,10 +171,10 @@ def main():
         config, replaced = HYPOTHESES[name]
         with tempfile.TemporaryDirectory() as folder, patch(*replaced) if replaced else nullcontext():
             run = train(config, args.seconds, Path(folder)/'run', replaced[0] if replaced else '')
-            row = dict(steps=run.step) | numbers(run)
+            row = dict(commit=commit(), steps=run.step) | numbers(run)
         found = results()      # another process may have added rows
-        found |= dict(command=f'python tools/study.py --seconds {args.seconds}', commit=commit(), seed=config.seed,
-                      data=dict(name='faces-64', sha256=data.card('faces-64')['sha256']), exam='truth-64')
+        found |= dict(command=f'python tools/study.py --seconds {args.seconds}', seed=config.seed, exam='truth-64',
+                      data={name: data.card(name)['sha256'] for name in ('faces-64', 'still-64')})
         found['rows'][name] = row
         RESULTS.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
         print(f'{name}: {row["steps"]} steps, remaining {row["remaining"]["value"]:.2f}, wins {row["wins"]["value"]:.2f}', flush=True)

@@ -145,19 +145,19 @@ def _unpaired(steps=4000, **changes):
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _course(steps=4000, **changes):
-    "64 px on a CPU, with pairs and a generator that repaints: the recipe of the shipped weights faces-64."
+    "64 px on a CPU, with pairs of people who may move and a generator that repaints."
     recipe = dict(data='faces-64', network=NetworkConfig.course(), losses=course_losses(steps), precision='bf16',
                   batch_size=8, paired=True, cycles='b b a', borrowed=.5, beta1=.5, weight_decay=0., ema_decay=.995,
                   lr_generator=1e-3, lr_encoder=1e-3, lr_discriminator=1e-3, lr_fall=.5, sample_every=100, save_every=100)
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _still(steps=4000, **changes):
-    "The course on pictures of people who did not move between them, see `faces.plan.hold_still`: the recipe of the shipped weights."
+    "The course with people who hold still, see `faces.plan.hold_still`, so that pairs are exact: the recipe of the shipped weights."
     losses = replace(course_losses(steps), pair_n=Schedule.constant(.5))
-    return _course(steps, **dict(data='faces-still', still=True, losses=losses) | changes)
+    return _course(steps, **dict(data='still-64', still=True, losses=losses) | changes)
 
 def _course128(steps=1200, **changes):
-    "128 px on a CPU, begun with the shipped 64 px weights: the recipe of the shipped weights faces-128."
+    "128 px on a CPU, begun with the shipped 64 px weights."
     return _course(steps, **dict(data='faces-128', network=NetworkConfig.course(128), start_from='faces-64') | changes)
 
 

@@ -567,8 +567,9 @@ def exposed(moved, wins, chance, whose):
 # %% ../nbs/07d_evaluate.ipynb #00000023
 def exam_of(data, size):
     "The pairs of the exam that belongs to the faces called `data`, or None where there is none."
-    name = str(data).replace('faces-', 'truth-')
-    return truth_pairs(name) if str(data).startswith('faces-') and name in packs() and card(name)['size'] % size == 0 else None
+    kind, _, pixels = str(data).partition('-')    # people who hold still are those of the faces
+    name = f'truth-{pixels}'
+    return truth_pairs(name) if kind in ('faces', 'still') and name in packs() and card(name)['size'] % size == 0 else None
 
 def new_exam(data, size, device='auto'):
     "The `Exam` that belongs to the faces called `data`, with the shipped reader, or None: for every model of this size."
