@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from twocet_nb import data, runs, transfer
-from twocet_nb.config import PRESETS, read_config
+from twocet_nb.config import PRESETS, bundled_for, read_config
 from twocet_nb.demo import commit
 from twocet_nb.codespace import embed
+from twocet_nb.guard import data_hash
 from twocet_nb.networks import read_card, save_networks
 from twocet_nb.pairs import rescale_codes
 
@@ -48,6 +49,11 @@ def code_scale(model, config):
     return torch.from_numpy(values.std(0) * math.sqrt(12)).float()
 
 
+def hash_of(name):
+    "The hash of the faces called `name`."
+    return data.card(name)['sha256'] if name in data.packs() else data_hash(name)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path, help='folder of a run')
@@ -63,8 +69,8 @@ def main():
     model = transfer.TwoCET(network, networks['generator_ema'], networks['encoder_ema'])
     card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=len(config.cycles.split()) * step, commit=commit(), note=args.note,
                 command=command_of(config), begun_with=begun_with,
-                data=dict(name=config.data, sha256=data.card(config.data)['sha256'], split='train'),
-                recipe=json.loads((args.run/'config.json').read_text()) | dict(start_from=config.start_from), judgement=transfer.judge(model, data.bundled(config.data)))
+                data=dict(name=Path(config.data).name, sha256=hash_of(config.data), split='train'),
+                recipe=json.loads((args.run/'config.json').read_text()) | dict(start_from=config.start_from), judgement=transfer.judge(model, data.bundled(bundled_for('faces', network.image_size))))
     target = ROOT/'data'/runs.SHIPPED[args.name]
     save_networks(target, network, networks, half=True, extra=card)
     history = thin(runs.History(args.run/'history.jsonl', last_step=step).records)
