@@ -12,6 +12,7 @@ import torch
 
 from twocet_nb import data
 from twocet_nb.codespace import embed, leakage
+from twocet_nb.config import bundled_for
 from twocet_nb.guard import commit
 from twocet_nb.report import write_report
 from twocet_nb.runs import SHIPPED
@@ -26,7 +27,7 @@ def measure(place, command):
     "All numbers about some weights, with what made them; place: a shipped name or a file."
     model = TwoCET.load(place)
     made = model.card.get('extra', {})
-    faces = made.get('data', {}).get('name', 'faces-64')
+    faces = bundled_for('faces', model.config.image_size)
     with tempfile.TemporaryDirectory() as folder:
         _, report = write_report(place, faces, folder, seed=SEED)
     leak = leakage(embed(model, faces, 'test', 1))
