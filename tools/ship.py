@@ -49,11 +49,6 @@ def code_scale(model, config):
     return torch.from_numpy(values.std(0) * math.sqrt(12)).float()
 
 
-def hash_of(name):
-    "The hash of the faces called `name`."
-    return data.card(name)['sha256'] if name in data.packs() else data_hash(name)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', type=Path, help='folder of a run')
@@ -69,7 +64,7 @@ def main():
     model = transfer.TwoCET(network, networks['generator_ema'], networks['encoder_ema'])
     card = dict(name=args.name, licence='Apache-2.0', step=step, sub_steps=len(config.cycles.split()) * step, commit=commit(), note=args.note,
                 command=command_of(config), begun_with=begun_with,
-                data=dict(name=Path(config.data).name, sha256=hash_of(config.data), split='train'),
+                data=dict(name=Path(config.data).name, sha256=data_hash(config.data), split='train'),
                 recipe=json.loads((args.run/'config.json').read_text()) | dict(start_from=config.start_from), judgement=transfer.judge(model, data.bundled(bundled_for('faces', network.image_size))))
     target = ROOT/'data'/runs.SHIPPED[args.name]
     save_networks(target, network, networks, half=True, extra=card)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .config import read_config
-from .data import SPLITS, InputError, _asset, list_faces
+from .data import SPLITS, InputError, _asset, card, list_faces, packs
 from .losses import Schedule
 from .networks import write_atomically
 from .runs import History, _checkpoints
@@ -114,8 +114,9 @@ def record_sitting(run_dir, step, device='cpu', data='', changes=()):
 def data_hash(root, splits=SPLITS):
     """A sha256, in hexadecimal, of the names and contents of all faces that a run would see; the same wherever and whenever.
 
-    root: a folder of faces; splits: which of them, if they are there. Raises InputError if there are no faces at all.
+    root: a folder of faces, or the name of a bundled pack, whose card knows its hash; splits: which of them, if they are there. Raises InputError if there are no faces at all.
     """
+    if root in packs(): return card(root)['sha256']
     root, digest = Path(root), hashlib.sha256()
     found = [split for split in splits if (root/split).is_dir()]
     if not found: raise InputError(f'{root}: none of {", ".join(splits)} is here; mend: lay faces out as ROOT/train/a_n/023_05.png')

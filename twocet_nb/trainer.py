@@ -379,7 +379,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .config import data_root, read_config, write_config
-from .data import card, packs, share_of, to_tensor
+from .data import share_of, to_tensor
 from .guard import RunLock, _busy, data_changed, data_hash, differences, is_locked, record_sitting
 from .pairs import read_codes
 from .memory import Speedometer, explain_out_of_memory
@@ -500,8 +500,7 @@ def assess(run):
 # %% ../nbs/05b_training.ipynb #0000001d
 def sit_down(run):
     "Write down who trains from here on, with what and on what data; faces that changed since the last sitting are named."
-    name, sittings = run.config.data, History(run.run_dir/'sittings.jsonl').records
-    data = card(name)['sha256'] if name in packs() else data_hash(name)
+    data, sittings = data_hash(run.config.data), History(run.run_dir/'sittings.jsonl').records
     news = data_changed(sittings[-1]['data'] if sittings else '', data)
     for line in news: print(line)
     write_config(run.config, run.run_dir)
