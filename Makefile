@@ -64,7 +64,7 @@ study: .venv/with-base  ## try all hypotheses of the recipe anew, two hours on o
 
 faces: .venv/with-faces  ## render the bundled faces anew, hours on two cores; stopped, it goes on: runs/faces, then data/
 	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --workers $(WORKERS) runs/faces/cfee
-	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --still --workers $(WORKERS) runs/faces/still
+	$(BIN)/twocet faces make --identities 230 --protocol cfee --test 8 --still --mimics 600 --workers $(WORKERS) runs/faces/still
 	$(BIN)/twocet faces make --identities 12 --protocol rafd --test 2 --seed 1 --workers $(WORKERS) runs/faces/rafd
 	$(BIN)/python tools/pack.py runs/faces
 

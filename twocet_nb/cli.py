@@ -116,7 +116,7 @@ def explore(args):
 def make(args):
     "Render a pack of faces into the folder `args.out`, and return the exit code: 130 after Ctrl-C."
     from twocet_nb.faces.pack import make
-    missing = make(args.out, args.identities, args.protocol, args.size, args.workers, args.seed, args.test, args.quality, args.samples, args.still)
+    missing = make(args.out, args.identities, args.protocol, args.size, args.workers, args.seed, args.test, args.quality, args.samples, args.still, args.mimics)
     print(f'{args.out}: {f"{missing} images are missing; the same command goes on" if missing else "complete"}')
     return 130 if missing else 0
 
@@ -312,6 +312,7 @@ def add_faces(commands):
     option('--quality', type=int, default=92, metavar='Q', help='of the WebP files, 1 to 100 (default: 92)')
     option('--samples', type=int, default=32, metavar='N', help='light paths a pixel: fewer are faster and noisier (default: 32)')
     option('--still', action='store_true', help='nobody moves: pictures of a person differ by the expression alone')
+    option('--mimics', type=int, default=0, metavar='N', help='so many people more, who repeat performances of others exactly, to learn from (default: none)')
 
 # %% ../nbs/11_cli.ipynb #0000001e
 def make_parser():

@@ -50,6 +50,8 @@ def _check_cycles(config):
         raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     if config.still and not config.paired:
         raise InputError('still says of pairs that nobody moved; mend: paired=True, or still=False')
+    if config.alike and (not config.still or config.batch_size % 2):
+        raise InputError('alike draws pairs of people who hold still with the codes of their twins; mend: still=True and an even batch_size, or alike=False')
     if config.network.relative and not config.paired:
         raise InputError('relative codes need the neutral face of every person; mend: paired=True, or a network with relative=False')
 
@@ -82,7 +84,7 @@ class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
     data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`;
-    borrowed: the share that are codes of other faces instead; paired, still: see `PairBatches`; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -100,6 +102,7 @@ class TrainConfig(RunOptions):
     borrowed: float = 0.
     paired: bool = False
     still: bool = False
+    alike: bool = False
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
@@ -154,7 +157,7 @@ def _course(steps=4000, **changes):
 def _still(steps=4000, **changes):
     "The course with people who hold still, see `faces.plan.hold_still`, so that pairs are exact: the recipe of the shipped weights."
     losses = replace(course_losses(steps), pair_n=Schedule.constant(.5))
-    return _course(steps, **dict(data='still-64', still=True, losses=losses) | changes)
+    return _course(steps, **dict(data='still-64', still=True, alike=True, losses=losses) | changes)
 
 def _course128(steps=1200, **changes):
     "128 px on a CPU, begun with the shipped 64 px weights."

@@ -86,6 +86,10 @@ class NetworkConfig(_Sizes):
         "Few channels, and eyes for 64 pixels whatever the size of the picture: trains on a laptop CPU."
         return cls(image_size, 16, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
     @classmethod
+    def wide(cls, image_size=128):
+        "The course's with twice the channels: with all that training goes on from, 16 MB in half precision hold no wider ones."
+        return cls(image_size, 32, 256, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
+    @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
         return cls(16, 4, 16, 4, he_init=True)

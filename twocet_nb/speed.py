@@ -97,7 +97,8 @@ class Speed(_Json):
     G learns; no_graph: none for the second diversity fake; folded, fewer_kernels, channels_last: see `speed_up`;
     fused: Adam and averages for all tensors at once; late_checks: look for losses that are not finite when the history
     is written and before anything is saved; compile: a mode of `torch.compile` ('default', 'reduce-overhead',
-    'max-autotune') for G, E and D, except where R1 differentiates twice; '' leaves it off.
+    'max-autotune') for G, E and D, except where R1 differentiates twice; '' leaves it off; graphs: on a GPU a sub-step is
+    recorded and then replayed, see `trainer.Recorded`.
     """
     share_fakes: bool = True
     one_pass: bool = True
@@ -109,6 +110,7 @@ class Speed(_Json):
     fused: bool = True
     late_checks: bool = True
     compile: str = ''
+    graphs: bool = False
 
     @classmethod
     def off(cls):

@@ -23,7 +23,7 @@ from .. import __version__
 from ..data import InputError, _asset, face_name, image_grid, read_face
 from .expression import Expression
 from .identity import balance
-from .plan import PROTOCOLS, Shot, by_person, csv_text, encode, hold_still, plan, read_plan, read_row, tables
+from .plan import PROTOCOLS, Shot, by_person, csv_text, encode, hold_still, mimics, plan, read_plan, read_row, tables
 from .rendering import _mitsuba, masks
 from ..networks import write_atomically
 from ..runs import finish_on_interrupt
@@ -144,10 +144,10 @@ def _card(facts):
 
 def _write_card(out, card): write_atomically(out/'card.json', (json.dumps(card, indent=1, ensure_ascii=False) + '\n').encode())
 
-def make_card(shots, protocol, seed, still=False):
+def make_card(shots, protocol, seed, still=False, copies=0):
     """What a reader must know about a pack, as a dict: licence, origin, counts, balance, code, notes."""
     people = by_person(shots)
-    settings = dict(protocol=protocol, seed=seed, still=still, size=shots[0].size, samples=shots[0].samples, quality=shots[0].quality)
+    settings = dict(protocol=protocol, seed=seed, still=still, mimics=copies, size=shots[0].size, samples=shots[0].samples, quality=shots[0].quality)
     counts = dict(images=len(shots), people=len(people), expressions=len({shot.expression.emotion for shot in shots}),
                   test_ids=[face_name(first.file)[0] for first, *_ in people if first.file.startswith('test')])
     classes = {f'{cls:02d}': name for cls, name in PROTOCOLS[protocol].emotions.items()}
@@ -163,25 +163,27 @@ def contact_sheet(root, protocol, most=12, size=64):
     return image_grid([[read_face(Path(root)/shot.file, size) for shot in rows[i]] for i in chosen])
 
 # %% ../../nbs/faces/07_pack.ipynb #0000001b
-def make(out, identities, protocol='cfee', size=128, workers=2, seed=0, test=None, quality=92, samples=32, still=False, quiet=False):
+def make(out, identities, protocol='cfee', size=128, workers=2, seed=0, test=None, quality=92, samples=32, still=False, copies=0, quiet=False):
     """Render a pack into the folder `out`, and return how many images are missing: 0, or more if Ctrl-C ended it.
 
-    identities, protocol, seed, test, size (px), samples, quality: see `plan`; still: see `hold_still`; workers: processes. After an interruption or a kill the same
+    identities, protocol, seed, test, size (px), samples, quality: see `plan`; still: see `hold_still`; copies: how many `mimics` join them; workers: processes. After an interruption or a kill the same
     call goes on. Beside the images: images.csv, identities.csv, and when all is done sheet.png and card.json. In a script, call it under
     `if __name__ == '__main__':`. Raises InputError without Mitsuba, for a folder with something else, a dead worker or a full disk.
     """
     out = Path(out)
     if workers < 1: raise InputError(f'{workers} workers; mend: at least 1')
+    if copies and protocol != 'cfee': raise InputError('mimics repeat what was done before one camera; mend: protocol cfee, or no mimics')
     _mitsuba()
     shots = plan(protocol, identities, seed, test, size=size, samples=samples, quality=quality)
     if still: shots = hold_still(shots)
+    if copies: shots += mimics(shots, copies, seed=seed)
     _claim(out, tables(shots))
     _check_code(shots, out)
     if missing := render_all(shots, out, workers, quiet): return missing
     sheet = io.BytesIO()
     contact_sheet(out, protocol).save(sheet, 'PNG')
     write_atomically(out/'sheet.png', sheet.getvalue())
-    _write_card(out, make_card(shots, protocol, seed, still))
+    _write_card(out, make_card(shots, protocol, seed, still, copies))
     for path in out.rglob('.*.tmp'): path.unlink()  # what killed workers left
     return 0
 
