@@ -16,7 +16,7 @@ from twocet_nb.networks import read_card, save_networks
 from twocet_nb.pairs import rescale_codes
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ['generator', 'encoder', 'discriminator', 'generator_ema', 'encoder_ema']
+NAMES = ['generator_ema', 'encoder_ema', 'discriminator']    # all it takes to use them and to train on
 
 
 def thin(records, most=200):
@@ -26,8 +26,8 @@ def thin(records, most=200):
 
 
 def command_of(config):
-    "A line of Python that trains the same run: the preset with its losses and network size, and what else is changed."
-    like = [name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses and make().network == config.network]
+    "A line of Python that trains the same run: the preset with its losses, and what else is changed."
+    like = [name for name, make in PRESETS.items() if make(steps=config.steps).losses == config.losses]
     if not like:
         return '(no preset: see the recipe)'
     usual = PRESETS[like[0]](steps=config.steps)

@@ -127,10 +127,10 @@ def unpaired_losses(steps=4_000):
                       ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))
 
 # %% ../nbs/04b_config.ipynb #new00005
-def course_losses(steps=4_000):
-    "For a short run on a CPU, with pairs: the right answers alone, in the last fifth also D and the way back of cycle (a)."
+def course_losses(steps=4_000, rise=75):
+    "For a short run on a CPU, with pairs: the right answers alone, in the last fifth also D and the way back of cycle (a), whose weights rise for 1 / rise of the run."
     act = max(1, steps * 4 // 5)
-    late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // 75), weight)))
+    late = lambda weight: Schedule(((0, 0.0), (act, 0.0), (act + max(1, steps // rise), weight)))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
     return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), size=Schedule.constant(0.01), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
                       cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
@@ -156,7 +156,7 @@ def _course(steps=4000, **changes):
 
 def _still(steps=4000, **changes):
     "The course with people who hold still, see `faces.plan.hold_still`, so that pairs are exact: the recipe of the shipped weights."
-    losses = replace(course_losses(steps), pair_n=Schedule.constant(.5))
+    losses = replace(course_losses(steps, rise=steps), pair_n=Schedule.constant(.5))    # at once: a recorded step has weights that stay
     return _course(steps, **dict(data='still-64', still=True, alike=True, losses=losses) | changes)
 
 def _course128(steps=1200, **changes):

@@ -74,7 +74,7 @@ def short_run(run_dir, weights='faces-64', steps=20, **changes):
     changes: any other setting of a run. Returns the `Trainer`; Ctrl-C saves what is trained and then interrupts the demo as well.
     """
     shipped = read_card(weights_path(weights))
-    start_from = weights if TRAINABLE <= set(shipped['networks']) else ''
+    start_from = weights if TRAINABLE <= {name.removesuffix('_ema') for name in shipped['networks']} else ''
     settings = dict(data=weights, start_from=start_from, steps=steps, losses=present_losses(shipped['extra'], steps),
                     log_every=1, sample_every=steps, save_every=steps)
     config = preset('course', **settings | changes)

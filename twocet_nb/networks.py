@@ -351,7 +351,7 @@ def load_into(network, path, name):
 def load_networks(path, names=None, device='cpu'):
     """Read a file of `save_networks`: (config, dict from name to network), in float32, on `device`.
 
-    names: which networks; None: all. Raises InputError, naming the file, for a missing network, a pickle (which is never
+    names: which networks, of which an averaged one (NAME_ema) stands in where it is not there itself; None: all. Raises InputError, naming the file, for a missing network, a pickle (which is never
     opened), a damaged file, and tensors that do not fit the configuration (the first are named).
     """
     card = read_card(path)
@@ -360,7 +360,8 @@ def load_networks(path, names=None, device='cpu'):
     except (InputError, TypeError) as error:
         raise InputError(f'{path}: {error}') from error
     names = card['networks'] if names is None else names
-    return config, {n: load_into(_skeleton(n, config).to_empty(device=device), path, n) for n in names}
+    stored = {n: f'{n}_ema' if n not in card['networks'] and f'{n}_ema' in card['networks'] else n for n in names}
+    return config, {n: load_into(_skeleton(n, config).to_empty(device=device), path, stored[n]) for n in names}
 
 # %% ../nbs/03_networks.ipynb #0000003d
 _BLOCKS = {'.conv1x1.': '.project.', '.norm1.fc.': '.adain1.affine.', '.norm2.fc.': '.adain2.affine.'}
