@@ -1,14 +1,17 @@
 """Pairs, relative codes and a generator that repaints, in whole runs."""
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from twocet_nb.config import preset
+from twocet_nb.config import only, preset
 from twocet_nb.data import FaceFolder, InputError, to_tensor
 from twocet_nb.networks import NetworkConfig
-from twocet_nb.pairs import PairBatches
+from twocet_nb.pairs import PairBatches, StillPairs, exchanged
+from twocet_nb.speed import Recorded, Speed
 from twocet_nb.trainer import Trainer
 from twocet_nb.transfer import TwoCET, averaged_model
 
@@ -109,3 +112,56 @@ def test_a_file_keeps_what_its_codes_are(whole, tmp_path, few_faces):
 def test_what_does_not_go_together_is_refused(few_faces, change, words):
     with pytest.raises(InputError, match=words):
         short(few_faces, **change)
+
+
+@pytest.fixture
+def a_mimic(few_faces, tmp_path):
+    """The few faces, and somebody who does what the first of them did."""
+    root = Path(shutil.copytree(few_faces, tmp_path/'faces'))
+    path = sorted((root/'train/b_e').iterdir())[0]
+    shutil.copy(path, path.with_name(f'999_{path.name}'))
+    shutil.copy(sorted((root/'train/a_n').iterdir())[1], root/f'train/a_n/999_01{path.suffix}')
+    return root
+
+
+def test_twins_are_drawn_with_each_others_codes(a_mimic, tmp_path):
+    runs = [Trainer(short(a_mimic, still=True, alike=alike), tmp_path/f'run-{alike}', quiet=True) for alike in (False, True)]
+    x_n, x_e = runs[1].batches[0]
+    weights_now = runs[1].config.losses.weights(0)
+    for run in runs: run.networks.load_state_dict(runs[0].networks.state_dict())
+    terms = [run.learn(x_n, x_e, *[torch.zeros(4, 4)] * 2, weights_now, 0.) for run in runs]
+    assert terms[0]['pair_n'] == terms[1]['pair_n'] and terms[0]['pair_e'] != terms[1]['pair_e']
+    assert torch.equal(exchanged(exchanged(x_e)), x_e)
+
+
+def test_a_run_of_twins_is_stopped_and_goes_on_to_the_last_bit(a_mimic, tmp_path):
+    config = short(a_mimic, still=True, alike=True)
+    Trainer(config, tmp_path/'run', quiet=True).fit(3)
+    assert torch.equal(weights(Trainer.resume(tmp_path/'run', quiet=True).fit()), weights(Trainer(config, tmp_path/'whole', quiet=True).fit()))
+
+
+def test_a_mimic_is_found_by_name_and_another_middle_part_is_none(a_mimic):
+    folders = [FaceFolder(a_mimic, 'train', face_type, size=16) for face_type in (0, 1)]
+    twin = StillPairs(*folders, batch_size=4, alike=True).raw.twin
+    changed = [k for k, j in enumerate(twin) if k != j]
+    assert {folders[1].identities[k] for k in changed} == {'999', folders[1].identities[0]} and len(changed) == 2
+
+
+@pytest.mark.parametrize('changes', [dict(alike=True), dict(alike=True, still=True, batch_size=3)])
+def test_twins_need_people_who_hold_still_and_even_batches(changes):
+    with pytest.raises(InputError, match='mend: still=True and an even batch_size'):
+        short('anywhere', **changes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='only a GPU records')
+def test_a_recorded_run_learns_what_an_unrecorded_one_does(a_mimic, tmp_path):
+    run = Trainer(short(a_mimic, still=True, alike=True, device='cuda', speed=Speed(graphs=True)), tmp_path/'run', quiet=True)
+    weights_now, before = only(run.config.losses.weights(0), 'b'), None
+    for _ in range(3): recorded = run.learner(weights_now, 0.)
+    assert isinstance(recorded, Recorded)
+    tensors = [*run.networks.parameters()] + [x for o in run.optimizers.values() for s in o.state.values() for x in s.values()]
+    before, inputs, after = [x.clone() for x in tensors], run.inputs(7), []
+    for learn in (recorded, partial(run.learn, weights=weights_now, r1=0.)):
+        for x, old in zip(tensors, before): x.data.copy_(old)
+        after.append(learn(*inputs) | dict(enumerate(p.detach().clone() for p in run.networks.parameters())))
+    torch.testing.assert_close(*after, atol=1e-5, rtol=1e-3)

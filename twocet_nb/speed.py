@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDED', 'FEWER_KERNELS', 'together', 'spread', 'conv_shrink', 'conv_grow', 'shrink_slices', 'FoldedResBlock',
            'FoldedAdaINResBlock', 'normalise', 'OneKernelNorm', 'OneKernelAdaIN', 'Speed', 'speed_up', 'make_adam',
-           'move_towards']
+           'move_towards', 'Recorded']
 
 # %% ../nbs/03a_speed.ipynb #8c136f56
 from dataclasses import dataclass, fields
@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .blocks import AdaIN, AdaINResBlock, ResBlock, activate, grow, merge, shrink
+from .data import InputError
 from .networks import _Json
 
 # %% ../nbs/03a_speed.ipynb #0c368bb6
@@ -93,12 +94,10 @@ class OneKernelAdaIN(AdaIN):
 class Speed(_Json):
     """How a training step is computed; none of it changes the mathematics (`LossConfig.r1_every` and `precision` would).
 
-    share_fakes: draw fakes once for D and for G, E; one_pass: see `together`; freeze: no gradients for D's weights while
-    G learns; no_graph: none for the second diversity fake; folded, fewer_kernels, channels_last: see `speed_up`;
-    fused: Adam and averages for all tensors at once; late_checks: look for losses that are not finite when the history
-    is written and before anything is saved; compile: a mode of `torch.compile` ('default', 'reduce-overhead',
-    'max-autotune') for G, E and D, except where R1 differentiates twice; '' leaves it off; graphs: on a GPU a sub-step is
-    recorded and then replayed, see `trainer.Recorded`.
+    share_fakes: draw fakes once for D and for G, E; one_pass: see `together`; freeze: no gradients for D's weights while G learns; no_graph: none for the
+    second diversity fake; folded, fewer_kernels, channels_last: see `speed_up`; fused: Adam and averages for all tensors at once; late_checks: look for losses that
+    are not finite when the history is written and before anything is saved; compile: a mode of `torch.compile` for G, E and D, except where R1 differentiates
+    twice, '' leaves it off; graphs: on one GPU, sub-steps are `Recorded`.
     """
     share_fakes: bool = True
     one_pass: bool = True
@@ -111,7 +110,6 @@ class Speed(_Json):
     late_checks: bool = True
     compile: str = ''
     graphs: bool = False
-
     @classmethod
     def off(cls):
         "Every trick switched off: the step as one would write it down from the paper."
@@ -143,3 +141,24 @@ def move_towards(means, values, decay, fused=True):
     "mean = decay * mean + (1 - decay) * value, in place, for lists of tensors of equal shapes."
     if fused: return get_ema_multi_avg_fn(decay)(means, values, None)
     for mean, value in zip(means, values): mean.lerp_(value, 1 - decay)
+
+# %% ../nbs/03a_speed.ipynb #7abfc9cb
+class Recorded:
+    """A function of tensors, {name: tensor} = function(*inputs), recorded on a GPU at its first inputs and replayed at each call with others of the same shapes.
+
+    To warm up, the function is called `warm` times first, with all it does: so many training steps on one batch. It must not look at values.
+    Raises InputError where there is no GPU.
+    """
+    def __init__(self, function, inputs, warm=3):
+        if not torch.cuda.is_available(): raise InputError('no GPU to record on; mend: Speed(graphs=False)')
+        self.inputs, self.graph, beside = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(warm): function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(beside)
+        with torch.cuda.graph(self.graph): self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, x in zip(self.inputs, inputs): mine.copy_(x)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.outputs.items()}
