@@ -155,7 +155,7 @@ def _course(steps=4000, **changes):
     return TrainConfig(steps=steps, **recipe | changes)
 
 def _still(steps=4000, **changes):
-    "The course with people who hold still, see `faces.plan.hold_still`, so that pairs are exact: the recipe of the shipped weights."
+    "The course with people who hold still and mimics who do the same, see `faces.plan`: the recipe of the shipped weights."
     losses = replace(course_losses(steps, rise=steps), pair_n=Schedule.constant(.5))    # at once: a recorded step has weights that stay
     return _course(steps, **dict(data='still-64', still=True, alike=True, losses=losses) | changes)
 

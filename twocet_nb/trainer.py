@@ -343,13 +343,13 @@ class SteppingRun(TrainingRun):
         for name in names: self.optimizers[name].step()
 
     def check(self):
-        "Look at all losses since the last look; the first that is not finite ends the self and names its batch."
+        "Look at all losses since the last look; the first that is not finite ends the run and names its batch."
         recent, self.unchecked = [(number, terms) for number, terms in self.unchecked if terms], []
         if not recent: return
         finite = torch.stack([torch.stack(list(terms.values())).sum() for _, terms in recent]).isfinite().tolist()    # one look for all
         if all(finite): return
         number, terms = recent[finite.index(False)]
-        check_finite(torch.tensor(math.nan), terms, *self.batches[number], self.self_dir, number // len(self.config.cycles.split()))
+        check_finite(torch.tensor(math.nan), terms, *self.batches[number], self.run_dir, number // len(self.config.cycles.split()))
 
 # %% ../nbs/05a_run.ipynb #22b656d9
 def inputs(run, number):
