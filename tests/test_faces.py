@@ -381,3 +381,21 @@ def test_wrong_words(tmp_path, monkeypatch, capsys, words, say):
     error = capsys.readouterr().err
     assert code == 2 and re.fullmatch(r'twocet: error: .+\n', error) and say in error
     assert not Path('out').exists()
+
+
+@needs_mitsuba
+def test_a_pack_with_a_mimic(tmp_path, capsys):
+    assert main([*make_words(tmp_path/'pack'), '--still', '--mimics', '1']) == 0
+    shots = read_plan(tmp_path/'pack')
+    performed = {shot.file: shot for shot in shots}
+    mine = [shot for shot in shots if face_name(shot.file)[0] == '005']
+    assert len(shots) == 4 * 3 + 1 + 8 and len(images(tmp_path/'pack')) == 12 + 1 + 4, 'two people and two expressions give four performances'
+    for shot in mine[1:]:
+        whom = shot.file.replace('005_', '')
+        assert shot.expression == performed[whom].expression and shot.camera == mine[0].camera and whom.startswith('train/')
+    assert json.loads((tmp_path/'pack/card.json').read_text(encoding='utf-8'))['mimics'] == 1
+
+
+def test_mimics_need_one_camera(tmp_path):
+    with pytest.raises(InputError, match='protocol cfee'):
+        pack.make(tmp_path/'pack', 4, 'rafd', copies=1)

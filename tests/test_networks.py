@@ -449,3 +449,13 @@ def test_truncated_checkpoints_are_refused(tmp_path, built):
         path.write_bytes(data[:keep])
         with pytest.raises(InputError, match='cut.ckpt'):
             nets.load_official(path)
+
+
+def test_an_averaged_network_stands_in_where_it_is_not_there_itself(tmp_path):
+    networks = nets.build_networks(NetworkConfig.tiny(), seed=1)
+    nets.save_networks(tmp_path/'a.safetensors', NetworkConfig.tiny(), {'generator_ema': networks['generator'], 'discriminator': networks['discriminator']})
+    _, found = nets.load_networks(tmp_path/'a.safetensors', ['generator', 'discriminator'])
+    for name in ('generator', 'discriminator'):
+        assert all(torch.equal(p, q) for p, q in zip(found[name].parameters(), networks[name].parameters())), name
+    with pytest.raises(InputError, match='holds no encoder'):
+        nets.load_networks(tmp_path/'a.safetensors', ['encoder'])

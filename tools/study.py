@@ -92,7 +92,7 @@ HYPOTHESES = {
     'people who hold still': (replace(COURSE, data='still-64', still=True), None),
     'people who hold still, pair_n half': (replace(course(pair_n=on(.5)), data='still-64', still=True), None),
     'people who hold still, twins': (replace(course(pair_n=on(.5)), data='still-64', still=True, alike=True), None),
-    'twins, twice the channels': (replace(course(pair_n=on(.5)), data='still-64', still=True, alike=True, network=NetworkConfig.wide(64)), None),
+    'twins, twice the channels': (replace(course(pair_n=on(.5)), data='still-64', still=True, alike=True, network=NetworkConfig.course(64, 32, 256)), None),
     'absolute codes': (replace(COURSE, network=replace(COURSE.network, relative=False)), None),
     'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
     'pairs not registered': (COURSE, ('twocet_nb.pairs.register', unregistered)),

@@ -83,8 +83,7 @@ def checked(config):
 class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`;
-    borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()

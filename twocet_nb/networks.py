@@ -82,13 +82,9 @@ class NetworkConfig(_Sizes):
         "The paper's networks: 2**14 / image_size channels at full size."
         return cls(image_size, min(2**14 // image_size, 512))
     @classmethod
-    def course(cls, image_size=64):
+    def course(cls, image_size=64, width=16, max_width=512):
         "Few channels, and eyes for 64 pixels whatever the size of the picture: trains on a laptop CPU."
-        return cls(image_size, 16, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
-    @classmethod
-    def wide(cls, image_size=128):
-        "The course's with twice the channels: with all that training goes on from, 16 MB in half precision hold no wider ones."
-        return cls(image_size, 32, 256, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
+        return cls(image_size, width, max_width, he_init=True, relative=True, repaint=True, shrink=max(1, image_size // 64))
     @classmethod
     def tiny(cls):
         "16 pixels and a handful of channels: for tests, where only shapes matter."
