@@ -156,7 +156,7 @@ def test_twins_need_people_who_hold_still_and_even_batches(changes):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='only a GPU records')
 def test_a_recorded_run_learns_what_an_unrecorded_one_does(a_mimic, tmp_path):
     run = Trainer(short(a_mimic, still=True, alike=True, device='cuda', speed=Speed(graphs=True)), tmp_path/'run', quiet=True)
-    weights_now, before = only(run.config.losses.weights(0), 'b'), None
+    weights_now = only(run.config.losses.weights(0), 'b')
     for _ in range(3): recorded = run.learner(weights_now, 0.)
     assert isinstance(recorded, Recorded)
     tensors = [*run.networks.parameters()] + [x for o in run.optimizers.values() for s in o.state.values() for x in s.values()]

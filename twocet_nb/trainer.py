@@ -331,9 +331,9 @@ class SteppingRun(TrainingRun):
         mode, share, nets = self.config.speed.compile, self.accelerator.num_processes > 1, self.networks
         self.called = {name: torch.compile(nets[name], mode=mode, dynamic=False) if mode else nets[name] for name in self.optimizers}
         phases = dict(d=[nets['discriminator']], g=[nets['generator'], nets['encoder']])
-        self.phases = {phase: self.accelerator.prepare_model(SharedGradients(*parts)) if share else SharedGradients()
-                       for phase, parts in phases.items()}
-        self.unchecked, self.met, self.graphs = [], {}, self.config.speed.graphs and self.device.type == 'cuda'
+        self.phases = {phase: self.accelerator.prepare_model(SharedGradients(*parts)) if share else SharedGradients() for phase, parts in phases.items()}
+        self.unchecked, self.met, self.recorded, self.graphs = [], {}, {}, self.config.speed.graphs and self.device.type == 'cuda'
+        self.beside = torch.cuda.Stream() if self.graphs else None
 
     def update(self, names, loss):
         "One optimiser step of the networks `names` down the gradient of `loss`; None leaves them alone."
@@ -354,21 +354,21 @@ class SteppingRun(TrainingRun):
 # %% ../nbs/05a_run.ipynb #22b656d9
 def inputs(run, number):
     "Batch and random codes of sub-step `number`; where steps are replayed, made beside what the GPU still computes."
-    if not run.graphs: return *run.batches[number], *draw_codes(run.config, number, run.device, run.batches.raw.share)
-    run.beside, now = getattr(run, 'beside', None) or torch.cuda.Stream(), torch.cuda.current_stream()
-    with torch.cuda.stream(run.beside):
-        made = *run.batches[number], *draw_codes(run.config, number, run.device, run.batches.raw.share)
+    def made(): return *run.batches[number], *draw_codes(run.config, number, run.device, run.batches.raw.share)
+    if not run.graphs: return made()
+    now = torch.cuda.current_stream()
+    with torch.cuda.stream(run.beside): tensors = made()
     now.wait_stream(run.beside)
-    for x in made: x.record_stream(now)
-    return made
+    for x in tensors: x.record_stream(now)
+    return tensors
 
 def learner(run, weights, r1, after=3):
     "`learn` with these loss weights and weight of R1; with `graphs`, a recording of it once they have come `after` times."
     key, function = (*weights.items(), r1), partial(run.learn, weights=weights, r1=r1)
     if not run.graphs: return function
-    met = run.met[key] = run.met.get(key, 0) + 1 if not isinstance(run.met.get(key), Recorded) else run.met[key]
-    if met == after: run.met[key] = Recorded(function, run.inputs(0))
-    return run.met[key] if isinstance(run.met[key], Recorded) else function
+    run.met[key] = run.met.get(key, 0) + 1
+    if run.met[key] == after: run.recorded[key] = Recorded(function, run.inputs(0))
+    return run.recorded.get(key, function)
 
 
 SteppingRun.inputs, SteppingRun.learner = inputs, learner

@@ -152,7 +152,7 @@ def mimics(shots, people, parts=8, seed=0):
         name = f'{known + i + 1:03d}'
         neutral = next(_shots_of(person, name, 'train', PROTOCOLS['cfee'], seed, settings))
         copied = [performed[k] for k in order.take(range(i*parts, (i + 1)*parts), mode='wrap')]
-        found += [neutral] + [replace(neutral, file=f'train/{FACE_FOLDERS[1]}/{name}_{"_".join(map("{:0>2}".format, face_name(shot.file)))}.webp',
+        found += [neutral] + [replace(neutral, file=f'train/{FACE_FOLDERS[1]}/{name}_{Path(shot.file).name}',
                                       expression=shot.expression) for shot in copied]
     return found
 
