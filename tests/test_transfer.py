@@ -10,7 +10,7 @@ from twocet_nb import transfer
 from twocet_nb.data import InputError, bundled, card, to_pil, to_tensor
 from twocet_nb.networks import OFFICIAL_KEYS, NetworkConfig, build_networks, save_networks
 from twocet_nb.runs import SYNTHETIC, SyntheticImage, save_checkpoint, save_picture
-from twocet_nb.transfer import CHECKS, CHUNK, TwoCET, judge, judgement, print_judgement
+from twocet_nb.transfer import CHECKS, CHUNK, TwoCET, codes_like, judge, judgement, print_judgement
 
 CONFIG = NetworkConfig.tiny()
 SIZE, DIM = CONFIG.image_size, CONFIG.code_dim
@@ -163,7 +163,17 @@ def test_random_repeats_itself(model, faces):
     assert not torch.equal(model.random(faces[0], 3, seed=1), model.random(faces[0], 3, seed=2))
     state = torch.get_rng_state()
     model.random(faces[0], 2)
+    model.random(faces[0], 2, like=faces)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_random_codes_are_spread_like_those_of_faces(model, faces):
+    known = torch.randn(6, DIM) * torch.arange(1, DIM + 1) + 3
+    drawn = codes_like(known, 100_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), known.mean(0), atol=.1, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), known.T.cov(), atol=.02 * known.T.cov().max().item(), rtol=0)
+    codes = codes_like(model.encode(faces), 3, torch.Generator().manual_seed(1))
+    assert torch.equal(model.random(faces[0], 3, seed=1, like=faces), model.apply(faces[0], codes))
 
 
 def test_sheets(model, faces):
@@ -207,7 +217,7 @@ def test_codes_must_fit(model, faces, code):
 
 @pytest.mark.parametrize('call', [
     lambda m, f: m.encode([]), lambda m, f: m.neutralise(f[:0]), lambda m, f: m.transfer(f[0], []), lambda m, f: m.matrix([], f),
-    lambda m, f: m.random(f[:2]), lambda m, f: m.random(f[0], 0), lambda m, f: m.strip(f[0], f[1], ()),
+    lambda m, f: m.random(f[:2]), lambda m, f: m.random(f[0], 0), lambda m, f: m.random(f[0], like=f[0]), lambda m, f: m.random(f[0], like=[]), lambda m, f: m.strip(f[0], f[1], ()),
     lambda m, f: m.strip(f[:2], f[1]), lambda m, f: m.strip(f[0], f[:2]),
     lambda m, f: m.transfer(f[0], f[1], target_type='happy'), lambda m, f: m.transfer(f[0], f[1], target_type=2),
     lambda m, f: m.mix(*f[:3], weight=float('nan')), lambda m, f: m.neutralise(f[0, :2]), lambda m, f: m.neutralise(f[0] * 3),

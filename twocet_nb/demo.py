@@ -44,13 +44,13 @@ def demo_faces(root, references=8):
 def draw_pictures(model, root, out, seed=0):
     """Write matrix.png, strip.png and random.png of unseen faces into the folder `out`; returns their paths.
 
-    matrix: all targets x 8 references; strip: one target from strength 0 to 1.5; random: one target, 8 random codes.
+    matrix: all targets x 8 references; strip: one target from strength 0 to 1.5; random: one target, 8 random codes like those of the references.
     """
     targets, references = demo_faces(root)
     scale = max(1, 128 // model.config.image_size)
     pictures = {'matrix.png': model.matrix(targets, references, scale=scale),
                 'strip.png': model.strip(targets[0], references[1], scale=scale),
-                'random.png': image_grid([[model.prepare(targets[1:2])[0], *model.random(targets[1], 8, seed)]], scale)}
+                'random.png': image_grid([[model.prepare(targets[1:2])[0], *model.random(targets[1], 8, seed, like=references)]], scale)}
     for name, picture in pictures.items(): save_picture(picture, Path(out)/name)
     return [Path(out)/name for name in pictures]
 
@@ -127,7 +127,7 @@ CAPTIONS = {
                   'at the top. Where both are the same person, the picture should equal the one at the top.',
     'strip.png': 'Strength. Left: the reference. Then the target with that expression at strength 0 (neutral), 0.25, 0.5, 0.75, '
                  '1 (as the reference), 1.25 and 1.5 (exaggerated).',
-    'random.png': 'Random expressions. Left: the target. Then the same target with eight random expression codes; no reference is used.',
+    'random.png': 'Random expressions. Left: the target. Then the same target with eight random expression codes, spread as the codes of the eight references above are.',
     'losses.png': 'Left: what the discriminator minimises. Middle: what it tells the generator, and the diversity (ds). Right: how far '
                   'faces (cyc_n, cyc_e) and codes (code) are from coming back unchanged. Each step is one iteration of three sub-steps.'}
 

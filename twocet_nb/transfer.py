@@ -162,13 +162,21 @@ def mix(model, target, reference_1, reference_2, weight=0.5, strength=1.0, targe
     return draw(model, target, strength * codes, target_type, as_list(reference_1)[1] and as_list(reference_2)[1])
 
 # %% ../nbs/06_transfer.ipynb #00000022
-def random(model, target, n=8, seed=0, target_type='auto'):
-    """One target with n random expressions, codes from U(-0.5, 0.5): a list of pictures, or a tensor for a tensor.
+def codes_like(known, n, generator=None):
+    "n Gaussian codes (n, d) with the mean and the covariance of known ones (M, d), M at least 2."
+    deviations = (known - known.mean(0)) / math.sqrt(len(known) - 1)
+    return known.mean(0) + torch.randn(n, len(known), generator=generator) @ deviations
 
-    seed: the same seed gives the same expressions. Raises InputError unless there is one target and n >= 1.
+def random(model, target, n=8, seed=0, target_type='auto', like=None):
+    """One target with n random expressions: a list of pictures, or a tensor for a tensor.
+
+    like: two or more emotional faces (see `as_list`), as whose codes the random ones are spread (see `codes_like`); None: codes from
+    U(-0.5, 0.5), as in the paper. seed: the same seed gives the same expressions. Raises InputError unless there is one target, and n >= 1.
     """
     if len(as_list(target)[0]) > 1 or n < 1: raise InputError('mend: give one target, and n of at least 1')
-    codes = sample_codes(n, model.config.code_dim, generator=torch.Generator().manual_seed(seed))
+    if like is not None and len(as_list(like)[0]) < 2: raise InputError('one face has no spread; mend: give two or more in `like`')
+    rng, size = torch.Generator().manual_seed(seed), model.config.code_dim
+    codes = sample_codes(n, size, generator=rng) if like is None else codes_like(encode(model, like), n, rng)
     return draw(model, target, codes, target_type)
 
 # %% ../nbs/06_transfer.ipynb #00000025
@@ -192,8 +200,7 @@ def save(model, path, half=False):
 
     half: 16-bit numbers, half the size. Raises InputError when writing fails; an older file then stays as it was.
     """
-    networks = dict(generator=model.generator, encoder=model.encoder)
-    save_networks(path, model.config, networks, half, model.card.get('extra'))
+    save_networks(path, model.config, dict(generator=model.generator, encoder=model.encoder), half, model.card.get('extra'))
 
 # %% ../nbs/06_transfer.ipynb #0000002c
 def load(cls, place, device='auto'):
@@ -289,22 +296,22 @@ def judge(model, root, split='test', seed=0, known=None):
     """Numbers about a model on real faces, each with an anchor (see `CHECKS`), as a dict from names to numbers.
 
     model: a `TwoCET`, or whatever has its `config`, `encode` and `apply`; root: a folder or a bundled name; seed: of
-    partners and random codes; known: the codes of all emotional faces, if somebody has them. All are mean absolute differences, but `faces`, a count, and `cross_wins`: the share of
+    partners and random codes; known: the codes of all emotional faces, if somebody has them. Random codes are drawn like these (`codes_like`).
+    All are mean absolute differences, but `faces`, a count, and `cross_wins`: the share of
     faces for which a reference of the right class brings the model closer than one of a wrong class. Raises InputError
     as `judged_rows` does.
     """
     folders, zero = find_data(root, model.config.image_size, split), torch.zeros(model.config.code_dim)
     rows, (plain, emotional) = judged_rows(*folders, seed), (_to_unit(folder.load()) for folder in folders)
     face, neutral, known = emotional[rows['face']], plain[rows['neutral']], model.encode(emotional) if known is None else known
-    rng = torch.Generator().manual_seed(seed)
-    code, code_2 = sample_codes(2 * len(face), model.config.code_dim, generator=rng).chunk(2)
+    code, code_2 = codes_like(known, 2 * len(face), torch.Generator().manual_seed(seed)).chunk(2)
     fake = model.apply(neutral, code)
     own, cross, wrong = (l1(model.apply(neutral, known[rows[name]]), face) for name in ('face', 'same', 'other'))
     numbers = dict(
         copy_l1=l1(neutral, face), self_l1=own, neutral_l1=l1(model.apply(face, zero), neutral), cross_l1=cross, wrong_l1=wrong, cross_wins=(cross < wrong).float(),
-        zero_l1=l1(model.apply(plain, zero), plain)[rows['neutral']], code_l1=(code - model.encode(fake)).abs(),
+        zero_l1=l1(model.apply(plain, zero), plain)[rows['neutral']], code_l1=(code - model.encode(fake)).abs(), code_chance=(code - known.mean(0)).abs(),
         diversity=l1(fake, model.apply(neutral, code_2)), real_diversity=l1(face, emotional[rows['sibling']]))
-    return dict(faces=len(face), code_chance=0.25, **{name: values.mean().item() for name, values in numbers.items()})
+    return dict(faces=len(face), **{name: values.mean().item() for name, values in numbers.items()})
 
 # %% ../nbs/06_transfer.ipynb #0000003e
 HELPED, DIFFERED = ('better', 'worse than doing nothing'), ('the code is used', 'the code is not used')
@@ -314,7 +321,7 @@ CHECKS = [  # question, the model's number, its anchor, what the anchor is, verd
     ("expression of another person", 'cross_l1', 'copy_l1', 'copying the neutral face', HELPED),
     ('... or of a wrong class', 'cross_l1', 'wrong_l1', 'the wrong class', DIFFERED),
     ('neutral face, zero code', 'zero_l1', 'copy_l1', 'what an expression changes', ('changes less', 'changes as much')),
-    ('random codes read back', 'code_l1', 'code_chance', 'always answering zero', ('codes are read', 'they are not read')),
+    ('random codes read back', 'code_l1', 'code_chance', 'always the mean code', ('codes are read', 'they are not read')),
     ('variety of random faces', 'diversity', 'real_diversity', 'real expressions', ('less varied', 'as varied or more'))]
 
 def judgement(numbers):
