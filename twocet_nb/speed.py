@@ -51,6 +51,7 @@ def shrink_slices(x):
     rows = x[..., ::2, :] + x[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) / 4
 
+# %% ../nbs/03a_speed.ipynb #2b08b4b4
 class FoldedResBlock(ResBlock):
     "`ResBlock` with its resize folded into the convolution before it."
     def forward(self, x):
@@ -77,6 +78,7 @@ def normalise(x, weight, bias, eps=1e-5):
     else: y = F.batch_norm(flat, None, None, weight.float(), bias.float(), training=True, eps=eps)    # keeps bfloat16 on a GPU
     return y.view(n, c, h, w)
 
+# %% ../nbs/03a_speed.ipynb #312750e4
 class OneKernelNorm(nn.InstanceNorm2d):
     "`nn.InstanceNorm2d` by `normalise`."
     def forward(self, x):
@@ -136,6 +138,7 @@ def make_adam(parameters, fused=True, **settings):
     "`torch.optim.Adam` with these settings; fused: one kernel for many tensors."
     return torch.optim.Adam(parameters, fused=fused or None, **settings)
 
+# %% ../nbs/03a_speed.ipynb #347769ae
 @torch.no_grad()
 def move_towards(means, values, decay, fused=True):
     "mean = decay * mean + (1 - decay) * value, in place, for lists of tensors of equal shapes."
