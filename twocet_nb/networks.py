@@ -148,7 +148,7 @@ class Generator(_GeneratorLayers):
 
     def forward(self, x, code): return self.draw(x, self.look(x), code)
 
-# %% ../nbs/03_networks.ipynb #00000018
+# %% ../nbs/03_networks.ipynb #0000001a
 def make_trunk(c_in, config):
     """The layers common to encoder and discriminator: (N, c_in, S, S) to (N, w, 1, 1), where w is the last width.
 
@@ -159,7 +159,6 @@ def make_trunk(c_in, config):
     return nn.Sequential(nn.Conv2d(c_in, w[0], 3, padding=1), *blocks,
                          nn.LeakyReLU(0.2), nn.Conv2d(w[-1], w[-1], 4), nn.LeakyReLU(0.2))
 
-# %% ../nbs/03_networks.ipynb #0000001a
 class Encoder(nn.Module):
     """E(x): emotional faces (N, 3, S, S) in [-1, 1] to expression codes (N, code_dim).
 
@@ -347,8 +346,8 @@ def load_into(network, path, name):
 def load_networks(path, names=None, device='cpu'):
     """Read a file of `save_networks`: (config, dict from name to network), in float32, on `device`.
 
-    names: which networks, of which an averaged one (NAME_ema) stands in where it is not there itself; None: all. Raises InputError, naming the file, for a missing network, a pickle (which is never
-    opened), a damaged file, and tensors that do not fit the configuration (the first are named).
+    names: which networks, of which an averaged one (NAME_ema) stands in where it is not there itself; None: all.
+    Raises InputError, naming the file, for a missing network, a pickle (never opened), a damaged file, and tensors that do not fit (with their names).
     """
     card = read_card(path)
     try:
