@@ -241,6 +241,10 @@ class FaceFolder(_FaceFiles):
         """The face of this identity and class as a (3, size, size) float tensor in [-1, 1]."""
         return _to_unit(self[self.index(identity, cls)])
 
+def _some(faces, numbers):
+    "Some faces as one uint8 tensor; faces: a tensor, or a `FaceFolder`, which is read."
+    return faces[numbers.to(faces.device)] if isinstance(faces, torch.Tensor) else torch.stack([faces[j] for j in numbers])
+
 # %% ../nbs/01_data.ipynb #0000002b
 def augment(images, seed, first=0):
     """The training augmentation, each image on its own: crop (p = 0.5), mirror (p = 0.5), resize.
@@ -278,11 +282,6 @@ class _RawBatches(Dataset):
         return draw_indices(len(self.faces[face_type]), i * self.batch_size, self.batch_size, (self.seed, face_type))[self.share]
 
     def __getitem__(self, i): return [_some(faces, self.numbers(i, face_type)) for face_type, faces in enumerate(self.faces)]
-
-# %% ../nbs/01_data.ipynb #4de9a771
-def _some(faces, numbers):
-    "Some faces as one uint8 tensor; faces: a tensor, or a `FaceFolder`, which is read."
-    return faces[numbers.to(faces.device)] if isinstance(faces, torch.Tensor) else torch.stack([faces[j] for j in numbers])
 
 def share_of(batch_size, rank=0, world=1):
     """The slice of a batch that process number `rank` of `world` works on; the shares are equal and do not overlap.
