@@ -92,6 +92,7 @@ HYPOTHESES = {
     'people who hold still': (replace(COURSE, data='still-64', still=True), None),
     'people who hold still, pair_n half': (replace(course(pair_n=on(.5)), data='still-64', still=True), None),
     'people who hold still, twins': (replace(course(pair_n=on(.5)), data='still-64', still=True, alike=True), None),
+    'people who hold still, no identity loss': (replace(course(identity=on(0.)), data='still-64', still=True), None),
     'twins, twice the channels': (replace(course(pair_n=on(.5)), data='still-64', still=True, alike=True, network=NetworkConfig.course(64, 32, 256)), None),
     'absolute codes': (replace(COURSE, network=replace(COURSE.network, relative=False)), None),
     'pairs, drawn anew': (replace(COURSE, network=replace(COURSE.network, repaint=False)), None),
@@ -177,7 +178,8 @@ def main():
         found = results()      # another process may have added rows
         found |= dict(command=f'python tools/study.py --seconds {args.seconds}', seed=config.seed, exam='truth-64',
                       data={name: data.card(name)['sha256'] for name in ('faces-64', 'still-64')})
-        found['rows'][name] = row
+        rows = found['rows'] | {name: row}
+        found['rows'] = {known: rows[known] for known in HYPOTHESES if known in rows}
         RESULTS.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
         print(f'{name}: {row["steps"]} steps, remaining {row["remaining"]["value"]:.2f}, wins {row["wins"]["value"]:.2f}', flush=True)
 
