@@ -305,10 +305,6 @@ def restore(run, checkpoint):
     run.step = training['step']
     for name, optimizer in run.optimizers.items(): restore_moments(optimizer, training['optimizers'][name])
 
-
-TrainingRun.restore = restore
-
-# %% ../nbs/05a_run.ipynb #0000002b
 def save(run):
     "Write the checkpoint of this step and drop the oldest; of several processes, the first does it."
     if not all(p.isfinite().all() for p in run.networks.parameters()):
@@ -320,7 +316,7 @@ def save(run):
     run.accelerator.wait_for_everyone()
 
 
-TrainingRun.save = save
+TrainingRun.restore, TrainingRun.save = restore, save
 
 # %% ../nbs/05a_run.ipynb #0000002f
 class SteppingRun(TrainingRun):
