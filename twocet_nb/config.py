@@ -191,6 +191,7 @@ def write_config(config, run_dir):
     plain |= dict(network=config.network.to_dict(), losses=config.losses.to_dict(), speed=config.speed.to_dict())
     write_atomically(Path(run_dir)/'config.json', json.dumps(plain, indent=1).encode())
 
+# %% ../nbs/04b_config.ipynb #53c31d2a
 def read_config(run_dir):
     """The `TrainConfig` of the folder of a run. Raises InputError if there is none or it is damaged."""
     path = Path(run_dir)/'config.json'
