@@ -134,12 +134,9 @@ def draw_answers(model, pictures):
 def wins(drawn, right):
     """How often each drawn face is nearer to its own right answer than to those of the others, (N,), from 0 to 1.
 
-    drawn, right: (N, 3, S, S), N answers for one target. The mean is exactly 1/2 for drawings that do not depend on the reference. NaN if N is 1.
-    """
+    drawn, right: (N, 3, S, S), N answers for one target. The mean is exactly 1/2 for drawings that do not depend on the reference. NaN if N is 1."""
     distances = torch.cdist(drawn.flatten(1), right.flatten(1), p=1)
-    own = distances.diagonal()[:, None]
-    beaten = (own < distances).float() + (own == distances).float()/2    # itself is a tie with itself
-    return (beaten.sum(1) - .5)/(len(right) - 1)
+    return ((distances - distances.diagonal()[:, None]).sign().sum(1) + len(right) - 1)/(2*(len(right) - 1))    # wins less losses: a tie is neither
 
 # %% ../nbs/07c_truth.ipynb #00000021
 def known_units(pairs, names):
