@@ -133,12 +133,11 @@ def hold_still(shots):
     for shot in shots: first.setdefault((shot.person.seed, shot.camera.angle), shot)
     return [replace(shot, camera=(one := first[shot.person.seed, shot.camera.angle]).camera, render_seed=one.render_seed) for shot in shots]
 
-# %% ../../nbs/faces/06a_plan.ipynb #byperson1
+# %% ../../nbs/faces/06a_plan.ipynb #84aeb66b
 def by_person(shots):
     """A list of shots as a list of lists, one of each person."""
     return [list(group) for _, group in groupby(shots, key=lambda shot: face_name(shot.file)[0])]
 
-# %% ../../nbs/faces/06a_plan.ipynb #84aeb66b
 def mimics(shots, people, parts=8, seed=0):
     """More people for a plan, as a list of `Shot`: a neutral face each, and `parts` performances that others gave in it for training.
 
