@@ -227,7 +227,6 @@ def expressed(identity, expression=None, gaze=None):
     weights = expression.with_resting(identity.resting).weights(gaze)
     return turn_eyes(head().blend(weights, identity.vertices()), gaze)
 
-# %% ../../nbs/faces/06_rendering.ipynb #0000002b
 def _surfaces(model, vertices):
     "{part: Surface} of head vertices (n, 3): skin, inside of the mouth, eyes, teeth and tongue."
     h, found = head(), {}
@@ -240,6 +239,7 @@ def _surfaces(model, vertices):
     return {'skin': body._replace(triangles=body.triangles[~h.inside_mouth]),
             'mouth': body._replace(triangles=body.triangles[h.inside_mouth]), **found}
 
+# %% ../../nbs/faces/06_rendering.ipynb #0000002b
 def _strands(model, vertices):
     "{brows, lashes, beard, hair: Mitsuba curves}, as far as the person has them."
     skin = head().parts['body'].points(vertices)
@@ -249,7 +249,6 @@ def _strands(model, vertices):
     if model.hair: found['hair'] = model.hair
     return found
 
-# %% ../../nbs/faces/06_rendering.ipynb #0000002c
 def _materials(model, expression):
     "{part: Mitsuba material}: how each part reflects light."
     height, darkening = wrinkles(model.person, expression.with_resting(model.person.resting))
