@@ -287,11 +287,11 @@ def _finding(name, value, shuffled, n, error=math.nan):
     reached = sum(other >= value - 1e-12 for other in shuffled)
     return Finding(name, float(value), float(np.mean(shuffled)), (1 + reached) / (1 + len(shuffled)), n, float(error))
 
+# %% ../nbs/08_codespace.ipynb #00000032
 def _some_rows(n, most, seed):
     "At most `most` of n row numbers, drawn without repetition and sorted."
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
 
-# %% ../nbs/08_codespace.ipynb #00000032
 def silhouette(codes, labels=None, name='silhouette by emotion', shuffles=19, seed=0, most=2000):
     """The mean silhouette of labelled codes beside shuffled labels, a `Finding` in [-1, 1].
 
