@@ -9,9 +9,10 @@ import torch
 from twocet_nb import metrics
 from twocet_nb.cli import main
 from twocet_nb.config import preset
-from twocet_nb.data import InputError, bundled, list_faces
+from twocet_nb.data import FaceFolder, InputError, bundled, list_faces
 from twocet_nb.features import FaceReader
-from twocet_nb.metrics import STRENGTHS, evaluate, evaluate_run, new_exam, real_features, some_cross, strength_response
+from twocet_nb.metrics import STRENGTHS, change_of, evaluate, evaluate_run, exposed, new_exam, real_features, some_cross, strength_response
+from twocet_nb.runs import SHIPPED
 from twocet_nb.trainer import Trainer
 from twocet_nb.transfer import TwoCET
 from twocet_nb.truth import known_units, read_at, truth_pairs
@@ -67,6 +68,22 @@ def exam():
 def test_a_cheat_is_exposed(answer, caught, exam):
     report = evaluate(Cheat(answer), 'faces-64', per_class=1, resamples=0, exam=exam)
     assert report['questions'][caught]['cheating'], report['questions']
+
+
+def test_the_truth_is_no_cheat():
+    """Whoever draws exactly what the renderer draws changes the face enough, though people move between two photographs."""
+    emotional = FaceFolder(bundled('faces-64'), 'test', 1)
+    answers = {pair.reference: pair.answer for pair in truth_pairs('truth-64') if pair.kind == 'self'}
+    right = torch.stack([read_at(answers[path], 64) for path in emotional.paths])
+    oracle = SimpleNamespace(config=SimpleNamespace(image_size=64), apply=lambda faces, codes: right[codes[:, 0].long()])
+    moved = change_of(oracle, 'faces-64', 'test', known=torch.arange(float(len(right)))[:, None])
+    assert .5 < moved < 1 and not exposed(moved, 1., 0., None)[0]['cheating']
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_the_shipped_weights_do_not_copy(name):
+    moved = change_of(TwoCET.pretrained(name, 'cpu'), name, 'test')
+    assert not exposed(moved, 1., 0., None)[0]['cheating']
 
 
 def test_twice_the_same(model, faces):

@@ -62,6 +62,15 @@ def test_results_of_weights_are_those_of_the_shipped_ones():
             assert numbers['evaluation']['about']['model'] == model_hash(TwoCET.pretrained(name, 'cpu')), f'other weights now: python tools/weights.py {name}'
 
 
+def test_strangers_met_the_shipped_weights():
+    from twocet_nb.metrics import model_hash
+    from twocet_nb.transfer import TwoCET
+    found = json.loads((ROOT/'nbs'/'studies'/'strangers.json').read_text(encoding='utf-8'))
+    assert found['command'].startswith('python tools/strangers.py') and found['commit'] and found['weights'].keys() == weights.SHIPPED.keys()
+    for name, numbers in found['weights'].items():
+        assert numbers['model'] == model_hash(TwoCET.pretrained(name, 'cpu')), 'other weights now: python tools/strangers.py FOLDER'
+
+
 def test_weights_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weights, 'ROOT', tmp_path)
     monkeypatch.setattr(weights, 'STUDIES', tmp_path)

@@ -343,6 +343,7 @@ from .data import _to_unit, cache_folder, card, packs
 from .features import FaceReader, authors_inception, lpips_distance, lpips_network, standard_inception
 from .guard import commit, data_hash
 from .losses import sample_codes
+from .pairs import expressive
 from .runs import _checkpoints
 from .transfer import TwoCET, averaged_model, judge, l1
 from .truth import Exam, jackknife, judge_truth, known_units, mean_by_person, read_pictures, truth_pairs
@@ -544,11 +545,11 @@ def strength_response(model, pairs, reader, strengths=STRENGTHS):
 def exposed(moved, wins, chance, whose):
     """The three questions as a list of dicts question, value, anchor, verdict, cheating (bool).
 
-    moved: change of the face over the change that a real expression is; wins: how often the right expression is nearer than a wrong one, and its
+    moved: see `change_of`; wins: how often the right expression is nearer than a wrong one, and its
     error `chance`; whose: (likeness to the target, to the reference, and the likeness of two real people's faces), or None if nobody can tell.
     """
     used = wins > .5 + max(2 * chance, .02)    # a model without noise has no error at all
-    answers = [('Does it change the face?', moved, 'a real expression changes it by 1', 'copies its input' if moved < .3 else 'it does', moved < .3),
+    answers = [('Does it change the face?', moved, 'a photograph of the expression differs by 1', 'copies its input' if moved < .3 else 'it does', moved < .3),
                ('Does the reference decide the expression?', wins, f'chance: 0.5, give or take {chance:.2f}',
                 'it does' if used else 'the code is not shown to be used', not used)]
     if whose:
@@ -600,14 +601,19 @@ def _evaluate_split(model, data, split, extractor, variety, per_class, seed, res
     return found | dict(diversity=diversity(model, faces, variety, seed=seed, known=known))
 
 def change_of(model, data, split, seed=0, known=None):
-    "How much transferring changes a neutral face, over how much a real expression does: means of L1. known: as in `fake_sets`."
+    """How much transferring changes a neutral face where expressions are (see `expressive`), over how much the photograph of a real expression differs there.
+
+    0 for a copy; below 1 for the truth, since people move between two photographs. known: as in `fake_sets`.
+    """
     neutral, emotional = find_data(data, model.config.image_size, split)
     known = codes_of(model, emotional) if known is None else known
     rows = torch.randperm(len(emotional), generator=torch.Generator().manual_seed(seed))[:200]
     rows = torch.tensor([i for i in rows if emotional.identities[i] in neutral.identities])
     places = torch.tensor([neutral.identities.index(emotional.identities[i]) for i in rows])
     own, real = (torch.cat([*face_chunks(folder, some)]) for folder, some in ((neutral, places), (emotional, rows)))
-    return (l1(model.apply(own, known[rows]), own).mean() / l1(real, own).mean()).item()
+    weights = expressive(model.config.image_size)
+    def change(faces): return ((faces - own).abs().mean(1) * weights).mean()
+    return (change(model.apply(own, known[rows])) / change(real)).item()
 
 # %% ../nbs/07d_evaluate.ipynb #0000002c
 def evaluate(model, root, splits=('test',), protocol='faces', per_class=3, seed=0, resamples=100, quiet=True, exam=None):
