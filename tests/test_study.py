@@ -30,6 +30,7 @@ def test_hypotheses_differ_from_the_recipe():
 def test_results_name_their_making():
     assert {'command', 'seed', 'data', 'exam', 'rows'} <= RESULTS.keys() and all(row['commit'] for row in RESULTS['rows'].values())
     assert RESULTS['rows'].keys() <= study.HYPOTHESES.keys() and {'the recipe', 'paper'} <= RESULTS['rows'].keys()
+    assert {row['commit'] for row in RESULTS['rows'].values()} <= RESULTS['controls'].keys(), 'every row has a recipe to be compared with'
 
 
 def test_a_row_is_trained_and_judged(tmp_path, monkeypatch, few_faces):
@@ -40,9 +41,12 @@ def test_a_row_is_trained_and_judged(tmp_path, monkeypatch, few_faces):
     monkeypatch.setattr(study, 'RESULTS', tmp_path/'recipe.json')
     monkeypatch.setattr(study, 'train', lambda *given: run)
     monkeypatch.setattr(study, 'numbers', lambda run: dict(remaining=dict(value=1.), wins=dict(value=.5)))
-    monkeypatch.setattr(sys, 'argv', ['study.py', '--rows', 'the recipe'])
+    monkeypatch.setattr(study, 'commit', lambda: 'abc')
+    monkeypatch.setattr(sys, 'argv', ['study.py', '--rows', 'paper'])
     study.main()
-    assert json.loads((tmp_path/'recipe.json').read_text())['rows']['the recipe']['steps'] == 1
+    found = json.loads((tmp_path/'recipe.json').read_text())
+    assert list(found['rows']) == ['the recipe', 'paper'] and found['controls'] == {'abc': found['rows']['the recipe']}
+    assert found['rows']['paper']['steps'] == 1 and found['rows']['paper']['commit'] == 'abc'
     monkeypatch.setattr(study, 'train', lambda *given: pytest.fail('a row that is there is not computed again'))
     study.main()
 

@@ -1,6 +1,7 @@
 """Try the hypotheses of nbs/studies/01_recipe.ipynb, each from the same seed and for the same processor time; results go to nbs/studies/recipe.json.
 
 A row that is there is not computed again, so a stopped study goes on. Several processes may share the rows: `--rows` says which are whose.
+Every commit trains the recipe itself first: rows are compared with the recipe of their own commit, since machines and their load differ, too.
 """
 import argparse
 import json
@@ -159,7 +160,17 @@ def numbers(run):
 
 
 def results():
-    return json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else dict(rows={})
+    return json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else dict(rows={}, controls={})
+
+
+def add(name, config, row):
+    "Put a row into the results, where another process may have added some. The recipe is also the control of all rows of its commit."
+    found = results()
+    found |= dict(command='python tools/study.py', seed=config.seed, exam='truth-64', data={name: data.card(name)['sha256'] for name in ('faces-64', 'still-64')})
+    rows = found['rows'] | {name: row}
+    found['rows'] = {known: rows[known] for known in HYPOTHESES if known in rows}
+    if name == 'the recipe': found['controls'][row['commit']] = row
+    RESULTS.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
 def main():
@@ -168,19 +179,15 @@ def main():
     parser.add_argument('--rows', nargs='*', default=list(HYPOTHESES), help='which hypotheses (default: all)')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.rows:
-        if name in results()['rows']:
-            continue
+    now, begun = commit(), results()
+    wanted = [name for name in args.rows if name not in begun['rows'] and name != 'the recipe']
+    if now not in begun['controls']: wanted = ['the recipe', *wanted]
+    for name in wanted:
         config, replaced = HYPOTHESES[name]
         with tempfile.TemporaryDirectory() as folder, patch(*replaced) if replaced else nullcontext():
             run = train(config, args.seconds, Path(folder)/'run', replaced[0] if replaced else '')
-            row = dict(commit=commit(), steps=run.step) | numbers(run)
-        found = results()      # another process may have added rows
-        found |= dict(command=f'python tools/study.py --seconds {args.seconds}', seed=config.seed, exam='truth-64',
-                      data={name: data.card(name)['sha256'] for name in ('faces-64', 'still-64')})
-        rows = found['rows'] | {name: row}
-        found['rows'] = {known: rows[known] for known in HYPOTHESES if known in rows}
-        RESULTS.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+            row = dict(commit=now, seconds=args.seconds, steps=run.step) | numbers(run)
+        add(name, config, row)
         print(f'{name}: {row["steps"]} steps, remaining {row["remaining"]["value"]:.2f}, wins {row["wins"]["value"]:.2f}', flush=True)
 
 
