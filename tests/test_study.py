@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
+import strangers  # noqa: E402
 import study  # noqa: E402
 import weights  # noqa: E402
 
@@ -73,6 +74,22 @@ def test_strangers_met_the_shipped_weights():
     assert found['command'].startswith('python tools/strangers.py') and found['commit'] and found['weights'].keys() == weights.SHIPPED.keys()
     for name, numbers in found['weights'].items():
         assert numbers['model'] == model_hash(TwoCET.pretrained(name, 'cpu')), 'other weights now: python tools/strangers.py FOLDER'
+
+
+def test_strangers_are_rendered_before_they_are_met(tmp_path, monkeypatch, capsys):
+    rendered = []
+    face = dict(model=dict(value=1.), copy=dict(value=2.))
+    monkeypatch.setattr(strangers, 'RESULTS', tmp_path/'strangers.json')
+    monkeypatch.setattr(strangers, 'make', lambda *given, **named: rendered.append('faces') or 0)
+    monkeypatch.setattr(strangers, 'make_truth', lambda *given: rendered.append('truth') or len(rendered) < 4)    # Ctrl-C ends the first call
+    monkeypatch.setattr(strangers, 'measure', lambda name, folder: dict(truth=dict(cross=dict(l1=dict(face=face)))))
+    monkeypatch.setattr(sys, 'argv', ['strangers.py', 'somewhere', '--seed', '3'])
+    with pytest.raises(SystemExit, match='goes on'): strangers.main()
+    assert not list(tmp_path.iterdir())
+    strangers.main()
+    found = json.loads((tmp_path/'strangers.json').read_text())
+    assert rendered == ['faces', 'truth'] * 2 and found['command'].endswith('--seed 3') and found['weights'].keys() == weights.SHIPPED.keys()
+    assert 'copying 0.500' in capsys.readouterr().out
 
 
 def test_weights_are_measured(tmp_path, monkeypatch, capsys):

@@ -206,7 +206,7 @@ def starting_networks(config, resuming=False):
     if resuming or not config.start_from: return with_averages(build_networks(config.network, config.seed))
     found, networks = open_networks(config.start_from, ['generator', 'encoder', 'discriminator'])
     if found.inner_size != config.network.inner_size or found != replace(config.network, image_size=found.image_size, shrink=found.shrink):
-        raise InputError(f'start_from {config.start_from}: its networks are {found}, the run asks for {config.network}')
+        raise InputError(f'start_from {config.start_from}: its networks are {found}, the run asks for {config.network}; mend: train that network, or begin with other weights')
     started = build_networks(config.network)
     for name in started: started[name].load_state_dict(networks[name].state_dict())
     return with_averages(started)
