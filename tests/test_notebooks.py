@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import nbformat
 import pytest
@@ -37,6 +38,9 @@ def test_is_fit_to_commit(notebook):
     assert (ROOT/notebook).stat().st_size < 1_500_000
     lengths = [len(re.findall(r'^(?!#\|).*\S', cell.source, re.MULTILINE)) for cell in code]
     assert max(lengths) <= 25, 'a cell too long for one idea'
+    if notebook.startswith(('nbs/index', 'nbs/studies/')): return
+    pictures = [output for output in outputs if any(kind.startswith('image/') for kind in output.get('data', {}))]
+    assert 25 <= len(code) <= 45 and median(lengths) < 6 and len(pictures) >= 5, 'no lesson: one idea a cell, and something to look at'
 
 
 @pytest.mark.parametrize('text', ['README.md', 'CONTRIBUTING.md', 'data/README.md', *NOTEBOOKS])
