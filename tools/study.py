@@ -180,8 +180,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     now, begun = commit(), results()
-    wanted = [name for name in args.rows if name not in begun['rows'] and name != 'the recipe']
-    if now not in begun['controls']: wanted = ['the recipe', *wanted]
+    wanted = [name for name in args.rows if name not in begun['rows']]
+    if wanted and now not in begun['controls']: wanted = ['the recipe', *(name for name in wanted if name != 'the recipe')]
     for name in wanted:
         config, replaced = HYPOTHESES[name]
         with tempfile.TemporaryDirectory() as folder, patch(*replaced) if replaced else nullcontext():

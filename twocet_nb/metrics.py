@@ -345,7 +345,7 @@ from .guard import commit, data_hash
 from .losses import sample_codes
 from .pairs import expressive
 from .runs import _checkpoints
-from .transfer import TwoCET, averaged_model, judge, l1
+from .transfer import TwoCET, averaged_model, judge
 from .truth import Exam, jackknife, judge_truth, known_units, mean_by_person, read_pictures, truth_pairs
 
 # %% ../nbs/07d_evaluate.ipynb #00000006
