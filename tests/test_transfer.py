@@ -100,6 +100,15 @@ def test_a_long_list_comes_back_in_order(model, faces):
     assert torch.allclose(model.neutralise(many)[-1], model.neutralise(faces)[(len(many) - 1) % 5], atol=1e-4)
 
 
+def test_a_face_in_a_row_is_looked_at_once(model, faces, monkeypatch):
+    looked, look = [], model.generator.look
+    monkeypatch.setattr(model.generator, 'look', lambda x: looked.append(len(x)) or look(x))
+    drawn = model.apply(faces[[0, 0, 1, 0]], model.encode(faces[:4]))
+    assert looked[-1] == 3
+    alone = [model.apply(faces[i], code) for i, code in zip([0, 0, 1, 0], model.encode(faces[:4]))]
+    assert torch.allclose(drawn, torch.cat(alone), atol=1e-5)
+
+
 def test_only_a_chunk_is_in_memory(model, faces, monkeypatch):
     seen = []
     monkeypatch.setattr(transfer, 'to_tensor', lambda image, size: seen.append(image) or faces[0])
@@ -312,7 +321,7 @@ def test_broken_files_are_named(model, networks, tmp_path):
 
 def test_shipped_weights():
     model = TwoCET.pretrained(device='cpu')
-    assert model.config == NetworkConfig.course() and '64 px' in repr(model) and 'TwoCET' in repr(model)
+    assert model.config == NetworkConfig.course(64, 32, 256) and '64 px' in repr(model) and 'TwoCET' in repr(model)
     with pytest.raises(InputError, match='faces-1024'):
         TwoCET.pretrained('faces-1024')
 

@@ -226,8 +226,8 @@ def add_train(commands):
                           'twocet train --data faces-64 --preset course --run runs/first')
     option = command.add_argument
     option('--data', metavar='ROOT', help='dataset folder (see twocet check), faces-64 or faces-128 (default: the preset\'s)')
-    option('--preset', choices=['paper', 'readme', 'unpaired', 'course', 'still', 'tiny'], default='course', help='recipe: paper and readme need '
-           'a GPU and days, course, still (people who hold still) and unpaired a CPU and an hour or two, tiny seconds, to try things out (default: course)')
+    option('--preset', choices=['paper', 'readme', 'unpaired', 'course', 'still', 'refine', 'tiny'], default='course', help='recipe: paper and readme need '
+           'a GPU and days, course, still (people who hold still), refine (from shipped weights on) and unpaired a CPU and an hour or two, tiny seconds, to try things out (default: course)')
     option('--run', metavar='DIR', required=True, help='new folder for checkpoints, samples and losses')
     option('--steps', type=int, metavar='N', help='iterations to train')
     option('--save-every', type=int, metavar='K', help='iterations between two checkpoints')

@@ -22,7 +22,7 @@ from . import __version__
 from .data import InputError, bundled, card, face_name, image_grid, list_faces
 from .guard import commit
 from .losses import LossConfig, Schedule
-from .networks import read_card, write_atomically
+from .networks import NetworkConfig, read_card, write_atomically
 from .runs import plot_history, save_picture, weights_path
 from .trainer import Trainer, preset
 from .report import embed, judgement_table, page, paragraph, section, table
@@ -75,8 +75,8 @@ def short_run(run_dir, weights='faces-64', steps=20, **changes):
     """
     shipped = read_card(weights_path(weights))
     start_from = weights if TRAINABLE <= {name.removesuffix('_ema') for name in shipped['networks']} else ''
-    settings = dict(data=weights, start_from=start_from, steps=steps, losses=present_losses(shipped['extra'], steps),
-                    log_every=1, sample_every=steps, save_every=steps)
+    settings = dict(data=weights, network=NetworkConfig.from_dict(shipped['config']), start_from=start_from, steps=steps,
+                    losses=present_losses(shipped['extra'], steps), log_every=1, sample_every=steps, save_every=steps)
     config = preset('course', **settings | changes)
     run = Trainer(config, run_dir, quiet=not sys.stderr.isatty()).fit()
     if run.step < steps: raise KeyboardInterrupt

@@ -25,7 +25,7 @@ from .speed import speed_up
 from .trainer import AVERAGED
 
 # %% ../nbs/06_transfer.ipynb #00000009
-CHUNK = 32  # faces that are decoded and computed at a time
+CHUNK = 16  # faces that are decoded and computed at a time: their maps stay within the cache of a core
 
 def as_list(images):
     """(list of images, whether it was only one). One image: a path, PIL image, (H, W, 3) array or (3, H, W) tensor.
@@ -96,7 +96,8 @@ def seen_in(model, faces):
     weights = id(model.generator), [p._version for p in model.generator.parameters()]
     known, then, seen = model.last_seen
     if then != weights or not torch.equal(known, faces):
-        seen = model.generator.look(faces)
+        new = torch.cat([torch.ones(1, dtype=torch.bool), (faces[1:] != faces[:-1]).flatten(1).any(1).cpu()])    # one face with many codes is looked at once
+        seen = model.generator.look(faces[new])[new.cumsum(0) - 1]
         model.last_seen = faces, weights, seen
     return seen
 
@@ -212,7 +213,7 @@ def load(cls, place, device='auto'):
     card = read_card(path) if path.is_file() else {}
     ending = '_ema' if 'generator_ema' in card.get('networks', ['generator_ema']) else ''
     config, networks = open_networks(path, [f'generator{ending}', f'encoder{ending}'])
-    return cls(config, *map(speed_up, networks.values()), device, card)    # the same numbers, sooner
+    return cls(config, *networks.values(), device, card)
 
 def pretrained(cls, name='faces-64', device='auto'):
     "The weights shipped under `name`. Raises InputError for a name that is not shipped."
@@ -230,12 +231,12 @@ def from_official(cls, path, device='auto'):
 class TwoCET:
     """A trained 2CET-GAN in use: `TwoCET.pretrained()`, `.load(place)` or `.from_official(path)`.
 
-    Attributes: generator and encoder (moved to one device and frozen in place), config (their `NetworkConfig`),
+    Attributes: generator and encoder (see `speed_up`; moved to one device and frozen, in place), config (their `NetworkConfig`),
     device (given as in `pick_device`), card (what their file says about itself, a dict).
     """
     def __init__(self, config, generator, encoder, device='auto', card=None):
         self.config, self.device, self.card = config, pick_device(device), card or {}
-        self.generator, self.encoder = (network.to(self.device).eval().requires_grad_(False)
+        self.generator, self.encoder = (speed_up(network).to(self.device).eval().requires_grad_(False)    # the same numbers, sooner
                                         for network in (generator, encoder))
         self.last_seen = torch.empty(0), None, None
 
