@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -65,6 +66,14 @@ def test_results_of_weights_are_those_of_the_shipped_ones():
         assert numbers['command'].startswith('python tools/weights.py') and {'commit', 'seed', 'data', 'weights', 'evaluation', 'leakage'} <= numbers.keys()
         if name != 'before':
             assert numbers['evaluation']['about']['model'] == model_hash(TwoCET.pretrained(name, 'cpu')), f'other weights now: python tools/weights.py {name}'
+
+
+@pytest.mark.parametrize('name', weights.SHIPPED)
+def test_shipped_encoders_say_what_twins_share(name):
+    from twocet_nb.transfer import TwoCET
+    model = TwoCET.pretrained(name, 'cpu')
+    sizes = torch.linalg.svdvals(model.encoder.head.weight)
+    assert (sizes > .01 * sizes[0]).sum() == model.card['extra']['codes']['kept'] < model.config.code_dim, 'half precision alone is left elsewhere'
 
 
 def test_strangers_met_the_shipped_weights():
