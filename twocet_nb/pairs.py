@@ -268,7 +268,7 @@ def exchanged(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 # %% ../nbs/03c_still.ipynb #80a9bad1
-def shared_part(first, second, least=.6):
+def shared_part(first, second, least=.55):
     """What the codes of twins share: the matrix (d, d) that takes from codes (as columns) all directions but those along which twins correlate by more than
     `least`, float32; and the correlations along all of them, (d,), rising.
 
