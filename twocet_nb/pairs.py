@@ -272,8 +272,10 @@ def shared_part(first, second, least=.55):
     """What the codes of twins share: the matrix (d, d) that takes from codes (as columns) all directions but those along which twins correlate by more than
     `least`, float32; and the correlations along all of them, (d,), rising.
 
-    first, second: the codes (N, d) of faces and of their twins, N many times d.
+    first, second: the codes (N, d) of faces and of their twins, N many times d. Raises InputError for other shapes, and for fewer twins than numbers.
     """
+    if first.shape != second.shape or len(first) < first.shape[1]:
+        raise InputError(f'codes {tuple(first.shape)} and {tuple(second.shape)}; mend: equally many of both, and more than a code has numbers')
     first, second = (codes.double().numpy() for codes in (first, second))
     whole, common = first.T @ first + second.T @ second, first.T @ second + second.T @ first
     whole += 1e-6 * whole.diagonal().mean() * np.eye(len(whole))    # a direction may be empty
