@@ -50,10 +50,11 @@ def tidy_codes(networks, network, root):
     codes, twin, done = codes_of(model, faces), twins(faces), {}
     some = twin != torch.arange(len(twin))
     if some.any():
-        matrix, agreement = shared_part(codes[some], codes[twin[some]])
-        keep_shared(networks, matrix)
-        codes, done = codes @ matrix.T, dict(kept=round(matrix.trace().item()), agreement=[round(value, 3) for value in agreement.flip(0).tolist()])
-    rescale_codes(networks, codes.std(0) * math.sqrt(12))
+        to, back, agreement = shared_part(codes[some], codes[twin[some]])
+        keep_shared(networks, to, back)
+        codes, done = codes @ to.T, dict(kept=int(to.any(1).sum()), agreement=[round(value, 3) for value in agreement.tolist()])
+    spread = codes.std(0) * math.sqrt(12)
+    rescale_codes(networks, torch.where(spread > 0, spread, 1))
     return done
 
 

@@ -214,6 +214,8 @@ def rescale_codes(networks, scale):
             if isinstance(layer, AdaIN): layer.affine.weight.mul_(scale)
 
 # %% ../nbs/03c_still.ipynb #8bc43caa
+import math
+
 import numpy as np
 import scipy.linalg
 
@@ -269,24 +271,27 @@ def exchanged(rows):
 
 # %% ../nbs/03c_still.ipynb #80a9bad1
 def shared_part(first, second, least=.55):
-    """What the codes of twins share: the matrix (d, d) that takes from codes (as columns) all directions but those along which twins correlate by more than
-    `least`, float32; and the correlations along all of them, (d,), rising.
+    """New numbers for codes, of which those that twins do not share are zero: (to, back, agreement). A code c becomes `to @ c`, and `back @ to @ c` is what is left of it.
 
-    first, second: the codes (N, d) of faces and of their twins, N many times d. Raises InputError for other shapes, and for fewer twins than numbers.
+    first, second: the codes (N, d) of faces and of their twins, N many times d; least: numbers are kept along which twins correlate by more. The first number is that of the
+    greatest agreement; all that are kept have a mean square of 1 and a mean product of 0. to, back: (d, d) float32; agreement: (d,) correlations, falling.
+    Raises InputError for other shapes, and for fewer twins than numbers.
     """
     if first.shape != second.shape or len(first) < first.shape[1]:
         raise InputError(f'codes {tuple(first.shape)} and {tuple(second.shape)}; mend: equally many of both, and more than a code has numbers')
-    first, second = (codes.double().numpy() for codes in (first, second))
+    first, second = (codes.double().numpy() / math.sqrt(2 * len(codes)) for codes in (first, second))
     whole, common = first.T @ first + second.T @ second, first.T @ second + second.T @ first
     whole += 1e-6 * whole.diagonal().mean() * np.eye(len(whole))    # a direction may be empty
-    agreement, directions = scipy.linalg.eigh(common, whole)
-    kept = directions[:, agreement > least]
-    return torch.from_numpy(whole @ kept @ kept.T).float(), torch.from_numpy(agreement)
+    agreement, directions = (x[..., ::-1] for x in scipy.linalg.eigh(common, whole))
+    kept = directions * (agreement > least)
+    return *(torch.from_numpy(x.copy()).float() for x in (kept.T, whole @ kept)), torch.from_numpy(agreement.copy())
 
 # %% ../nbs/03c_still.ipynb #14b0e700
 @torch.no_grad()
-def keep_shared(networks, matrix):
-    """Let encoders say only what `shared_part` keeps, in place: networks {name: network}, averages too; matrix (d, d)."""
+def keep_shared(networks, to, back):
+    """Let encoders say and generators hear only what `shared_part` keeps, in place: networks {name: network}, averages too; to, back (d, d)."""
     for name, network in networks.items():
         if name.startswith('encoder'):
-            for part in (network.head.weight, network.head.bias): part.copy_(matrix @ part)
+            for part in (network.head.weight, network.head.bias): part.copy_(to @ part)
+        for layer in network.modules():
+            if isinstance(layer, AdaIN): layer.affine.weight.copy_(layer.affine.weight @ back)
