@@ -44,7 +44,7 @@ def ancestor(config):
 
 
 def tidy_codes(networks, network, root):
-    """Let codes say only what twins agree on, if these faces have twins, and every number have the variance of a uniform random code. Returns what was done, for the card."""
+    """Let codes say only what twins agree on, if these faces have twins, and their numbers have the variance of uniform random codes. Returns what was done, for the card."""
     model = transfer.TwoCET(network, networks['generator_ema'], networks['encoder_ema'])
     faces = find_data(root, network.image_size, 'train')[1]
     codes, twin, done = codes_of(model, faces), twins(faces), {}
@@ -53,8 +53,9 @@ def tidy_codes(networks, network, root):
         to, back, agreement = shared_part(codes[some], codes[twin[some]])
         keep_shared(networks, to, back)
         codes, done = codes @ to.T, dict(kept=int(to.any(1).sum()), agreement=[round(value, 3) for value in agreement.tolist()])
-    spread = codes.std(0) * math.sqrt(12)
-    rescale_codes(networks, torch.where(spread > 0, spread, 1))
+    variance = codes.var(0)
+    if done: variance = variance.sum().expand(len(variance)) / done['kept']    # the first of them may stay the largest
+    rescale_codes(networks, (12 * variance).sqrt())
     return done
 
 

@@ -273,18 +273,20 @@ def exchanged(rows):
 def shared_part(first, second, least=.55):
     """New numbers for codes, of which those that twins do not share are zero: (to, back, agreement). A code c becomes `to @ c`, and `back @ to @ c` is what is left of it.
 
-    first, second: the codes (N, d) of faces and of their twins, N many times d; least: numbers are kept along which twins correlate by more. The first number is that of the
-    greatest agreement; all that are kept have a mean square of 1 and a mean product of 0. to, back: (d, d) float32; agreement: (d,) correlations, falling.
+    first, second: the codes (N, d) of faces and of their twins, N many times d; least: directions are kept along which twins correlate by more. The new numbers are principal
+    components: the first is the largest, and no two have a mean product. to, back: (d, d) float32; agreement: (d,) correlations, falling.
     Raises InputError for other shapes, and for fewer twins than numbers.
     """
     if first.shape != second.shape or len(first) < first.shape[1]:
         raise InputError(f'codes {tuple(first.shape)} and {tuple(second.shape)}; mend: equally many of both, and more than a code has numbers')
-    first, second = (codes.double().numpy() / math.sqrt(2 * len(codes)) for codes in (first, second))
+    first, second = (codes.double().numpy() for codes in (first, second))
     whole, common = first.T @ first + second.T @ second, first.T @ second + second.T @ first
     whole += 1e-6 * whole.diagonal().mean() * np.eye(len(whole))    # a direction may be empty
-    agreement, directions = (x[..., ::-1] for x in scipy.linalg.eigh(common, whole))
-    kept = directions * (agreement > least)
-    return *(torch.from_numpy(x.copy()).float() for x in (kept.T, whole @ kept)), torch.from_numpy(agreement.copy())
+    agreement, directions = scipy.linalg.eigh(common, whole)
+    kept = whole @ (directions * (agreement > least))
+    left, _, _ = np.linalg.svd(kept)    # kept @ kept.T is the moment of what is left
+    back = left * (np.arange(len(left)) < (agreement > least).sum())
+    return *(torch.from_numpy(x).float() for x in (back.T @ kept @ directions.T, back)), torch.from_numpy(agreement[::-1].copy())
 
 # %% ../nbs/03c_still.ipynb #14b0e700
 @torch.no_grad()

@@ -166,9 +166,9 @@ class Axes:
         return torch.as_tensor(np.asarray(code) + (np.asarray(values) - self.read(code)) * self.spread @ self.directions).float()
 
 def raw_axes(codes):
-    "The numbers of a code themselves as `Axes`."
-    d = codes.values.shape[1]
-    return Axes(codes.values.mean(0), np.eye(d), codes.values.std(0) + 1e-6, [f'number {k + 1}' for k in range(d)])
+    "The numbers of a code themselves as `Axes`; those that are zero for every face have none (see `pairs.shared_part`)."
+    told = np.flatnonzero(codes.values.any(0) | ~codes.values.any())
+    return Axes(codes.values.mean(0), np.eye(codes.values.shape[1])[told], codes.values.std(0)[told] + 1e-6, [f'number {k + 1}' for k in told])
 
 # %% ../nbs/08f_views.ipynb #00000022
 def _called(values, codes):
