@@ -585,7 +585,7 @@ def _one_each(importance):
 class DCI:
     """Disentanglement, completeness, informativeness: each a `Finding` beside turned codes (for informativeness: shuffled ones).
 
-    importance: (d, U), of number i of the code for factor j. names: of the U factors.
+    importance: (d, U), of number i of those that vary for factor j. names: of the U factors.
     """
     disentanglement: Finding
     completeness: Finding
@@ -609,9 +609,10 @@ def dci(codes, factors=None, names=None, identities=None, penalty=.02, turns=9, 
     """Disentanglement, completeness and informativeness of codes about factors (Eastwood and Williams 2018): a `DCI`.
 
     codes: `Codes` or (N, d). factors: (N, U), for `Codes` the known units, left and right merged. penalty: of the lasso. turns: how many turned
-    (and shuffled) copies give chance. Half of the people teach, the others test. Raises InputError for fewer than 2 factors, numbers or people.
+    (and shuffled) copies give chance. Half of the people teach, the others test. Numbers that never vary are left out. Raises InputError for fewer than 2 factors, numbers or people.
     """
     values, rng, people = _values(codes), np.random.default_rng(seed), _labels(codes, identities, 'identities')
+    values = values[:, values.std(0) > 0]
     if factors is None: factors, names = merge_sides(codes.units, unit_names(codes))
     factors = np.asarray(factors, dtype=float)
     if factors.ndim != 2 or len(factors) != len(values) or min(values.shape[1], factors.shape[1]) < 2 or not (factors.std(0) > 0).all():
