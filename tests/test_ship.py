@@ -16,8 +16,8 @@ from twocet_nb import runs  # noqa: E402
 from twocet_nb.config import find_data, preset  # noqa: E402
 from twocet_nb.data import bundled  # noqa: E402
 from twocet_nb.metrics import codes_of  # noqa: E402
-from twocet_nb.trainer import Trainer, with_averages  # noqa: E402
 from twocet_nb.networks import build_networks  # noqa: E402
+from twocet_nb.trainer import Trainer, with_averages  # noqa: E402
 from twocet_nb.transfer import TwoCET  # noqa: E402
 
 TINY = preset('tiny').network
@@ -25,14 +25,13 @@ TINY = preset('tiny').network
 
 @pytest.fixture(scope='module')
 def performers(tmp_path_factory):
-    "Two people and two mimics, all performances of theirs that have a twin."
+    "Two dozen performances, each by a mimic and by whom they copy, and the neutral faces of all."
     still, few = bundled('still-64')/'train', tmp_path_factory.mktemp('performers')
     copied = [path.stem.split('_') for path in sorted((still/'b_e').glob('2[3-9]*_*_*.png'))[:24]]
-    for folder in ('train/a_n', 'train/b_e', 'test/a_n', 'test/b_e'): (few/folder).mkdir(parents=True)
+    for folder in ('a_n', 'b_e'): (few/'train'/folder).mkdir(parents=True)
     for who, whom, what in copied:
-        for split in ('train', 'test'):
-            for name in (f'{whom}_{what}.png', f'{who}_{whom}_{what}.png'): shutil.copy(still/'b_e'/name, few/split/'b_e')
-            for person in (who, whom): shutil.copy(still/'a_n'/f'{person}_01.png', few/split/'a_n')
+        for name in (f'{whom}_{what}.png', f'{who}_{whom}_{what}.png'): shutil.copy(still/'b_e'/name, few/'train'/'b_e')
+        for person in (who, whom): shutil.copy(still/'a_n'/f'{person}_01.png', few/'train'/'a_n')
     return few
 
 

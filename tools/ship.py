@@ -13,7 +13,7 @@ from twocet_nb.demo import commit
 from twocet_nb.guard import data_hash
 from twocet_nb.metrics import codes_of
 from twocet_nb.networks import read_card, save_networks
-from twocet_nb.pairs import keep_shared, rescale_codes, shared_part, twins
+from twocet_nb.pairs import renumber_codes, shared_part, twins
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ['generator_ema', 'encoder_ema', 'discriminator']    # all it takes to use them and to train on
@@ -49,13 +49,14 @@ def tidy_codes(networks, network, root):
     faces = find_data(root, network.image_size, 'train')[1]
     codes, twin, done = codes_of(model, faces), twins(faces), {}
     some = twin != torch.arange(len(twin))
+    to = back = torch.eye(network.code_dim)
     if some.any():
         to, back, agreement = shared_part(codes[some], codes[twin[some]])
-        keep_shared(networks, to, back)
-        codes, done = codes @ to.T, dict(kept=int(to.any(1).sum()), agreement=[round(value, 3) for value in agreement.tolist()])
-    variance = codes.var(0)
+        done = dict(kept=int(to.any(1).sum()), agreement=[round(value, 3) for value in agreement.tolist()])
+    variance = (codes @ to.T).var(0)
     if done: variance = variance.sum().expand(len(variance)) / done['kept']    # the first of them may stay the largest
-    rescale_codes(networks, (12 * variance).sqrt())
+    spread = (12 * variance).sqrt()
+    renumber_codes(networks, to / spread[:, None], back * spread)
     return done
 
 

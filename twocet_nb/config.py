@@ -131,9 +131,9 @@ def _late(weight, after, rise=1):
     "Zero until step `after`, then within `rise` steps up to the weight."
     return Schedule(((0, 0.0), (after, 0.0), (after + rise, weight)))
 
-def course_losses(steps=4_000, rise=75):
-    "For a short run on a CPU, with pairs: the right answers alone, in the last fifth also D and the way back of cycle (a), whose weights rise for 1 / rise of the run."
-    late = partial(_late, after=max(1, steps * 4 // 5), rise=max(1, steps // rise))
+def course_losses(steps=4_000, rise=75, tenths=8):
+    "For a short run on a CPU, with pairs: the right answers alone, after so many tenths also D and the way back of cycle (a), whose weights rise for 1 / rise of the run."
+    late = partial(_late, after=max(1, steps * tenths // 10), rise=max(1, steps // rise))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
     return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), size=Schedule.constant(0.01), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
                       cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
@@ -165,8 +165,7 @@ def _still(steps=4000, **changes):
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _refine(steps=1600, **changes):
     "Goes on from trained weights, on a CPU: small rates that fall to zero, and until the last tenth the right answers alone."
-    late = partial(_late, after=max(1, steps * 9 // 10))
-    losses = replace(course_losses(steps), pair_n=Schedule.constant(.5), identity=late(2.), adv_e=late(.02), adv_n=late(.02), cyc_n=late(.5))
+    losses = replace(course_losses(steps, steps, 9), pair_n=Schedule.constant(.5), identity=_late(2., max(1, steps * 9 // 10)))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-128', losses=losses, batch_size=16,
                   lr_generator=1e-4, lr_encoder=1e-4, lr_discriminator=1e-4, lr_fall=1.)
     return _still(steps, **recipe | changes)
