@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-import regrow  # noqa: E402
 import ship  # noqa: E402
 
 from twocet_nb import runs  # noqa: E402
-from twocet_nb.blocks import AdaIN  # noqa: E402
 from twocet_nb.config import find_data, preset  # noqa: E402
-from twocet_nb.data import InputError, bundled  # noqa: E402
+from twocet_nb.data import bundled  # noqa: E402
 from twocet_nb.metrics import codes_of  # noqa: E402
 from twocet_nb.networks import build_networks  # noqa: E402
 from twocet_nb.trainer import Trainer, with_averages  # noqa: E402
@@ -80,23 +77,3 @@ def test_a_run_is_shipped_with_its_card_and_tidied_again(few_faces, tmp_path, mo
     ship.main()
     again = json.loads(file.with_suffix('.json').read_text())
     assert again['note'] == 'a test twice' and again['command'] == card['command'] and 'step 1' in capsys.readouterr().out
-
-
-def test_regrown_codes_say_what_twins_share_and_leave_pictures_alone(performers):
-    config = replace(TINY, relative=True)
-    networks = dict(with_averages(build_networks(config, 0)))
-    faces = find_data(str(performers), config.image_size, 'train')[1]
-    with torch.no_grad():
-        networks['encoder_ema'].head.weight[2:].zero_()
-        for layer in networks['generator_ema'].modules():
-            if isinstance(layer, AdaIN): layer.affine.weight[:, 2:].zero_()
-    def model(): return TwoCET(config, networks['generator_ema'], networks['encoder_ema'], 'cpu')
-    before, drawn = codes_of(model(), faces), model().transfer(torch.zeros(1, 3, 16, 16), faces.paths[:2])
-    agreement = regrow.regrow(networks, faces, numbers=1)
-    codes = codes_of(model(), faces)
-    torch.testing.assert_close(model().transfer(torch.zeros(1, 3, 16, 16), faces.paths[:2]), drawn)
-    torch.testing.assert_close(codes[:, :2], before[:, :2])
-    assert not before[:, 2:].any() and not codes[:, 3:].any() and codes[:, 2].std().item() == pytest.approx(regrow.SPREAD, rel=.2)
-    alike = torch.nn.functional.cosine_similarity(codes[:, 2:3], codes[:, :2], dim=0)
-    assert alike.abs().max() < 1e-3 and -1 <= agreement[0] <= 1
-    with pytest.raises(InputError, match='--numbers 1'): regrow.regrow(networks, faces, numbers=2)

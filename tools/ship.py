@@ -40,7 +40,7 @@ def ancestor(config):
     if not config.start_from:
         return None
     card = read_card(runs.weights_path(config.start_from))['extra']
-    return {name: card[name] for name in ('name', 'step', 'sub_steps', 'command', 'commit', 'note', 'regrown', 'begun_with') if name in card}
+    return {name: card[name] for name in ('name', 'step', 'sub_steps', 'command', 'commit', 'note', 'begun_with') if name in card}
 
 
 def tidy_codes(networks, network, root):
