@@ -127,13 +127,14 @@ def unpaired_losses(steps=4_000):
                       ds=Schedule((*on(3.0, warm + 1), (early, 3.0), (turned, 1.0), (late, 0.5))))
 
 # %% ../nbs/04b_config.ipynb #new00005
-def _late(weight, after, rise=1):
-    "Zero until step `after`, then within `rise` steps up to the weight."
+def _late(weight, steps, alone, rise=1):
+    "Zero for a share of the steps of a run, then within `rise` steps up to the weight."
+    after = max(1, int(steps * alone))
     return Schedule(((0, 0.0), (after, 0.0), (after + rise, weight)))
 
 def course_losses(steps=4_000, rise=75, alone=.8):
     "For a short run on a CPU, with pairs: for a share of the run the right answers alone, then also D and the way back of cycle (a), whose weights rise for 1 / rise of it."
-    late = partial(_late, after=max(1, int(steps * alone)), rise=max(1, steps // rise))
+    late = partial(_late, steps=steps, alone=alone, rise=max(1, steps // rise))
     on, off = Schedule.constant(1.0), Schedule.constant(0.0)
     return LossConfig(pair_e=on, pair_n=on, identity=Schedule.constant(2.0), size=Schedule.constant(0.01), adv_e=late(0.02), adv_n=late(0.02), cyc_n=late(0.5),
                       cyc_e=off, code=off, ds=off, r1=0.1, r1_every=4)
@@ -165,7 +166,7 @@ def _still(steps=4000, **changes):
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _refine(steps=3000, **changes):
     "Goes on from trained weights, on a CPU: small rates that fall to zero, and until the last twentieth the right answers alone."
-    losses = replace(course_losses(steps, steps, .95), pair_n=Schedule.constant(.5), identity=_late(2., max(1, int(steps * .95))))
+    losses = replace(course_losses(steps, steps, .95), pair_n=Schedule.constant(.5), identity=_late(2., steps, .95))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-64', losses=losses, batch_size=16,
                   lr_generator=1e-4, lr_encoder=1e-4, lr_discriminator=1e-4, lr_fall=1.)
     return _still(steps, **recipe | changes)
