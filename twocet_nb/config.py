@@ -51,6 +51,8 @@ def _check_cycles(config):
         raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     if config.still and not config.paired:
         raise InputError('still says of pairs that nobody moved; mend: paired=True, or still=False')
+    if config.augmented < 1 and not config.still:
+        raise InputError('augmented is a share of the pairs of people who hold still; mend: still=True, or augmented=1.')
     if config.alike and (not config.still or config.batch_size % 2):
         raise InputError('alike draws pairs of people who hold still with the codes of their twins; mend: still=True and an even batch_size, or alike=False')
     if config.network.relative and not config.paired:
@@ -60,8 +62,8 @@ def _check_cycles(config):
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
              | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay',
-                              'lr_fall', 'borrowed'), 0))
-_BELOW = dict(beta1=1, ema_decay=1, lr_fall=1.01, borrowed=1.01)
+                              'lr_fall', 'borrowed', 'augmented'), 0))
+_BELOW = dict(beta1=1, ema_decay=1, lr_fall=1.01, borrowed=1.01, augmented=1.01)
 
 def checked(config):
     """The same `TrainConfig`, once every value in it is known to make sense. Raises InputError, naming the field."""
@@ -84,7 +86,7 @@ def checked(config):
 class TrainConfig(RunOptions):
     """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there, augmented: the share of a batch that is; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -103,6 +105,7 @@ class TrainConfig(RunOptions):
     paired: bool = False
     still: bool = False
     alike: bool = False
+    augmented: float = 1.
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
@@ -165,10 +168,10 @@ def _still(steps=4000, **changes):
 
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _refine(steps=3000, **changes):
-    "Goes on from trained weights, on a CPU: small rates that fall to zero, and until the last twentieth the right answers alone."
+    "Goes on from trained weights, on a CPU: rates that fall to zero, three faces of four as they are, and until the last twentieth the right answers alone."
     losses = replace(course_losses(steps, steps, .95), pair_n=Schedule.constant(.5), identity=_late(2., steps, .95))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-64', losses=losses, batch_size=16,
-                  lr_generator=1e-4, lr_encoder=1e-4, lr_discriminator=1e-4, lr_fall=1.)
+                  lr_generator=3e-4, lr_encoder=3e-4, lr_discriminator=1e-4, lr_fall=1., augmented=.25)
     return _still(steps, **recipe | changes)
 
 def _tiny(steps=20, **changes):

@@ -246,7 +246,8 @@ def twins(emotional):
 class StillPairs(FaceBatches):
     """Endless batches (x_n, x_e) as `PairBatches` gives them, of people who held still between the pictures, which are taken as they are.
 
-    Parameters as there; alike: rows 2k and 2k + 1 show one performance by two people, as far as there are `twins`, mirrored or not together.
+    Parameters as there; augmented: the share of a batch that is warped, lit and cropped, its first rows; the others are only mirrored (0: not even that).
+    alike: rows 2k and 2k + 1 show one performance by two people, as far as there are `twins`, mirrored or not together.
     Raises InputError for a person without a neutral face, and for an odd batch of twins.
     """
     def __init__(self, neutral, emotional, *given, alike=False, **named):
@@ -260,6 +261,7 @@ class StillPairs(FaceBatches):
         if not self.augmented: return pair.chunk(2)
         count, size, seed = self.raw.raw.batch_size, pair.shape[2], (self.seed, i)
         made = warps(count, size, seed, device=self.device), tints(count, seed), *crops(count, seed, self.alike)
+        for part, nothing in zip(made, (0, 1, 0)): part[round(self.augmented * count):] = nothing    # who is mirrored stays
         warp, factors, moves, mirrored = (torch.cat([part[self.raw.share].to(self.device)] * 2) for part in made)
         return tinted(place(torch.where(mirrored, pair.flip(3), pair), moves, warp=warp), factors).chunk(2)
 
