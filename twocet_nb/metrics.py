@@ -659,15 +659,15 @@ def headline_number(report):
     if report['truth']: return 'error of the transferred face, exact truth', report['truth']['cross']['l1']['face']['model']['value']
     return 'L1 to another face of the class (cross_l1)', report['judgement']['cross_l1']
 
-def evaluate_run(run_dir, root=None, quiet=True, **options):
+def evaluate_run(run_dir, root=None, quiet=True, exam=None, **options):
     """`evaluate` for every checkpoint of a run: {'checkpoints': {name: report}, 'best': name, 'best_by': what}.
 
-    root: by default the faces it was trained on; options: of `evaluate`. Raises InputError for a folder without checkpoints.
+    root: by default the faces it was trained on; exam, options: as in `evaluate`. Raises InputError for a folder without checkpoints.
     """
     folders = _checkpoints(Path(run_dir)/'checkpoints')
     if not folders: raise InputError(f'{run_dir}: no checkpoints; mend: name the folder of a run that has been trained')
     root = root or read_config(run_dir).data
-    exam = new_exam(root, read_config(run_dir).network.image_size)
+    exam = exam or new_exam(root, read_config(run_dir).network.image_size)    # one for all
     reports = {folder.name: evaluate(TwoCET.load(folder), root, quiet=quiet, exam=exam, **options) for folder in tqdm(folders, desc='checkpoints', leave=False, disable=quiet)}
     found = {name: headline_number(report) for name, report in reports.items()}
     best = min(found, key=lambda name: found[name][1])
