@@ -42,6 +42,18 @@ class RunOptions:
     memory_check: bool = True
     speed: Speed = Speed()
 
+# %% ../nbs/04b_config.ipynb #pair0001
+@dataclass(frozen=True)
+class _PairOptions(RunOptions):
+    """Whether the two faces of each row of a batch are of one person.
+
+    paired: as in `PairBatches`; still: as in `StillPairs`, where alike: each pair is drawn with the code of its twin, augmented: the share of a batch that is.
+    """
+    paired: bool = False
+    still: bool = False
+    alike: bool = False
+    augmented: float = 1.
+
 # %% ../nbs/04b_config.ipynb #new00001
 def _check_cycles(config):
     "Refuse sub-steps that do not exist, and losses or codes of pairs without pairs."
@@ -83,10 +95,10 @@ def checked(config):
 
 # %% ../nbs/04b_config.ipynb #0000000c
 @dataclass(frozen=True)
-class TrainConfig(RunOptions):
-    """What a run is made of, beside its `RunOptions`. Frozen; raises InputError for values that make no sense.
+class TrainConfig(_PairOptions):
+    """What a run is made of, beside its `RunOptions` and what its pairs are. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; paired: as in `PairBatches`, still: as in `StillPairs`; alike: each pair is drawn with the code of its twin there, augmented: the share of a batch that is; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -102,10 +114,6 @@ class TrainConfig(RunOptions):
     codes: str = 'uniform'
     cycles: str = 'ab ab a'
     borrowed: float = 0.
-    paired: bool = False
-    still: bool = False
-    alike: bool = False
-    augmented: float = 1.
     seed: int = 0
     start_from: str = ''
     __post_init__ = checked
