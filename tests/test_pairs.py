@@ -12,7 +12,7 @@ from twocet_nb.data import FaceFolder, InputError, to_tensor
 from twocet_nb.networks import NetworkConfig
 from twocet_nb.pairs import PairBatches, StillPairs, exchanged
 from twocet_nb.speed import Recorded, Speed
-from twocet_nb.trainer import Trainer
+from twocet_nb.trainer import Trainer, make_batches
 from twocet_nb.transfer import TwoCET, averaged_model
 
 NETWORK = NetworkConfig(16, 4, 16, 4, he_init=True, relative=True, repaint=True)
@@ -145,6 +145,13 @@ def test_a_mimic_is_found_by_name_and_another_middle_part_is_none(a_mimic):
     twin = StillPairs(*folders, batch_size=4, alike=True).raw.twin
     changed = [k for k, j in enumerate(twin) if k != j]
     assert {folders[1].identities[k] for k in changed} == {'999', folders[1].identities[0]} and len(changed) == 2
+
+
+def test_a_run_changes_the_share_of_a_batch_that_it_was_told(a_mimic):
+    batches = {share: make_batches(short(a_mimic, still=True, augmented=share), 'cpu')[0][1] for share in (0., .5, 1.)}
+    assert torch.equal(batches[.5][:2], batches[1.][:2]) and not torch.allclose(batches[.5][2:], batches[1.][2:], atol=1e-2)
+    as_they_are = torch.minimum(*((batches[.5] - x).abs().amax((1, 2, 3)) for x in (batches[0.], batches[0.].flip(3)))) < 1e-4
+    assert as_they_are.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize('changes', [dict(alike=True), dict(alike=True, still=True, batch_size=3)])

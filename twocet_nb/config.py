@@ -177,7 +177,8 @@ def _still(steps=4000, **changes):
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _refine(steps=3000, **changes):
     "Goes on from trained weights, on a CPU: rates that fall to zero, three faces of four as they are, and until the last twentieth the right answers alone."
-    losses = replace(course_losses(steps, steps, .95), pair_n=Schedule.constant(.5), identity=_late(2., steps, .95))
+    alone = .95
+    losses = replace(course_losses(steps, steps, alone), pair_n=Schedule.constant(.5), identity=_late(2., steps, alone))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-64', losses=losses, batch_size=16,
                   lr_generator=3e-4, lr_encoder=3e-4, lr_discriminator=1e-4, lr_fall=1., augmented=.25)
     return _still(steps, **recipe | changes)

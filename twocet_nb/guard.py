@@ -142,7 +142,8 @@ _EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr
            batch_size='later batches are drawn anew, so some faces come again early or are left out once',
            seed='later batches and codes are drawn anew; the weights are kept', codes='later codes are drawn like this', borrowed='later codes are drawn like this',
            cycles='used from the next step on; later batches are drawn anew',
-           paired='later batches are drawn like this', still='later pairs are taken like this', alike='later pairs are drawn like this', augmented='later pairs are changed like this',
+           paired='later batches are drawn like this', still='later pairs are taken like this', alike='later pairs are drawn like this',
+           augmented='later pairs are changed like this',
            data='later batches are drawn from these faces; what was learned from the others stays',
            losses='weighs from the next step on', start_from='pairs not yet registered are registered by its drawings; the weights are those of the checkpoint'))
 
