@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from .blocks import AdaIN
-from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment, to_tensor
+from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment, read_face, to_tensor
 
 # %% ../nbs/03b_pairs.ipynb #00000008
 MOVES = 10    # numbers that say how a picture is laid: right, down, larger, turned, the middle of the face further to the right, and five of the light, see `relit`
@@ -248,22 +248,27 @@ class StillPairs(FaceBatches):
 
     Parameters as there; augmented: the share of a batch that is warped, lit and cropped, its first rows; the others are only mirrored (0: not even that).
     alike: rows 2k and 2k + 1 show one performance by two people, as far as there are `twins`, mirrored or not together.
-    Raises InputError for a person without a neutral face, and for an odd batch of twins.
+    finer: the folders' pictures have so many times the size of the batch's; they are reduced last of all. Raises InputError for a person without a
+    neutral face, for an odd batch of twins, and for files that are too small to be finer.
     """
-    def __init__(self, neutral, emotional, *given, alike=False, **named):
+    def __init__(self, neutral, emotional, *given, alike=False, finer=1, **named):
         super().__init__(neutral, emotional, *given, **named)
+        self.finer, width = finer, read_face(emotional.paths[0]).width
+        if finer > 1 and width < emotional.size: raise InputError(f'{emotional.paths[0]}: {width} px, not {emotional.size}; mend: larger pictures, or finer=1')
         if alike and (self.raw.share.stop - self.raw.share.start) % 2: raise InputError('twins in an odd batch; mend: an even batch_size')
         self.alike = 1 + alike
         self.raw = _RawPairs(self.raw, partners(neutral, emotional), twins(emotional) if alike else None)
 
     def _finish(self, i, raw):
         pair = torch.cat([_to_unit(pixels.to(self.device)) for pixels in raw[:2]])
-        if not self.augmented: return pair.chunk(2)
+        return F.avg_pool2d(self._changed(pair, i) if self.augmented else pair, self.finer).chunk(2)
+
+    def _changed(self, pair, i):
         count, size, seed = self.raw.raw.batch_size, pair.shape[2], (self.seed, i)
         made = warps(count, size, seed, device=self.device), tints(count, seed), *crops(count, seed, self.alike)
         for part, nothing in zip(made, (0, 1, 0)): part[round(self.augmented * count):] = nothing    # who is mirrored stays
         warp, factors, moves, mirrored = (torch.cat([part[self.raw.share].to(self.device)] * 2) for part in made)
-        return tinted(place(torch.where(mirrored, pair.flip(3), pair), moves, warp=warp), factors).chunk(2)
+        return tinted(place(torch.where(mirrored, pair.flip(3), pair), moves, warp=warp), factors)
 
 # %% ../nbs/03c_still.ipynb #b0b406d1
 def exchanged(rows):
