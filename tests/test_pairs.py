@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twocet_nb.config import only, preset
 from twocet_nb.data import FaceFolder, InputError, to_tensor
+from twocet_nb.memory import _resident_bytes
 from twocet_nb.networks import NetworkConfig
 from twocet_nb.pairs import PairBatches, StillPairs, exchanged
 from twocet_nb.speed import Recorded, Speed
@@ -147,11 +149,21 @@ def test_a_mimic_is_found_by_name_and_another_middle_part_is_none(a_mimic):
     assert {folders[1].identities[k] for k in changed} == {'999', folders[1].identities[0]} and len(changed) == 2
 
 
-def test_a_run_changes_the_share_of_a_batch_that_it_was_told(a_mimic):
-    batches = {share: make_batches(short(a_mimic, still=True, augmented=share), 'cpu')[0][1] for share in (0., .5, 1.)}
-    assert torch.equal(batches[.5][:2], batches[1.][:2]) and not torch.allclose(batches[.5][2:], batches[1.][2:], atol=1e-2)
-    as_they_are = torch.minimum(*((batches[.5] - x).abs().amax((1, 2, 3)) for x in (batches[0.], batches[0.].flip(3)))) < 1e-4
-    assert as_they_are.tolist() == [False, False, True, True]
+def test_a_run_bends_its_pairs_before_it_reduces_them_if_told(a_mimic):
+    batch = lambda **changes: make_batches(short(a_mimic, still=True, **changes), 'cpu')[0][1]
+    large = batch(network=replace(NETWORK, image_size=32))
+    assert torch.equal(batch(finer=2), F.avg_pool2d(large, 2)) and batch().shape == (4, 3, 16, 16)
+    assert not torch.allclose(batch(finer=2), batch(), atol=1e-2) and not torch.allclose(batch(warped=False), batch(), atol=1e-2)
+
+
+def test_files_too_small_to_be_finer_are_named(a_mimic):
+    with pytest.raises(InputError, match=r'b_e/.*: 64 px, not 128; mend'):
+        make_batches(short(a_mimic, still=True, finer=8), 'cpu')
+
+
+def test_the_memory_of_finer_pairs_is_counted(a_mimic):
+    plain, finer = (_resident_bytes(short(a_mimic, still=True, finer=finer)) for finer in (1, 2))
+    assert finer == 4 * plain > 0
 
 
 @pytest.mark.parametrize('changes', [dict(alike=True), dict(alike=True, still=True, batch_size=3)])

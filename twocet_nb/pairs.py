@@ -246,17 +246,17 @@ def twins(emotional):
 class StillPairs(FaceBatches):
     """Endless batches (x_n, x_e) as `PairBatches` gives them, of people who held still between the pictures, which are taken as they are.
 
-    Parameters as there; augmented: the share of a batch that is warped, lit and cropped, its first rows; the others are only mirrored (0: not even that).
+    Parameters as there; warped: faces are warped and cropped, not only mirrored and lit (augmented=False: nothing of it all).
     alike: rows 2k and 2k + 1 show one performance by two people, as far as there are `twins`, mirrored or not together.
     finer: the folders' pictures have so many times the size of the batch's; they are reduced last of all. Raises InputError for a person without a
     neutral face, for an odd batch of twins, and for files that are too small to be finer.
     """
-    def __init__(self, neutral, emotional, *given, alike=False, finer=1, **named):
+    def __init__(self, neutral, emotional, *given, alike=False, warped=True, finer=1, **named):
         super().__init__(neutral, emotional, *given, **named)
-        self.finer, width = finer, read_face(emotional.paths[0]).width
+        width = read_face(emotional.paths[0]).width
         if finer > 1 and width < emotional.size: raise InputError(f'{emotional.paths[0]}: {width} px, not {emotional.size}; mend: larger pictures, or finer=1')
         if alike and (self.raw.share.stop - self.raw.share.start) % 2: raise InputError('twins in an odd batch; mend: an even batch_size')
-        self.alike = 1 + alike
+        self.alike, self.warped, self.finer = 1 + alike, warped, finer
         self.raw = _RawPairs(self.raw, partners(neutral, emotional), twins(emotional) if alike else None)
 
     def _finish(self, i, raw):
@@ -266,9 +266,9 @@ class StillPairs(FaceBatches):
     def _changed(self, pair, i):
         count, size, seed = self.raw.raw.batch_size, pair.shape[2], (self.seed, i)
         made = warps(count, size, seed, device=self.device), tints(count, seed), *crops(count, seed, self.alike)
-        for part, nothing in zip(made, (0, 1, 0)): part[round(self.augmented * count):] = nothing    # who is mirrored stays
         warp, factors, moves, mirrored = (torch.cat([part[self.raw.share].to(self.device)] * 2) for part in made)
-        return tinted(place(torch.where(mirrored, pair.flip(3), pair), moves, warp=warp), factors)
+        pair = torch.where(mirrored, pair.flip(3), pair)
+        return tinted(place(pair, moves, warp=warp) if self.warped else pair, factors)
 
 # %% ../nbs/03c_still.ipynb #b0b406d1
 def exchanged(rows):
