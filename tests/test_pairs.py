@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from twocet_nb.config import only, preset
+from twocet_nb.config import find_data, only, preset
 from twocet_nb.data import FaceFolder, InputError, to_tensor
-from twocet_nb.memory import _resident_bytes
 from twocet_nb.networks import NetworkConfig
 from twocet_nb.pairs import PairBatches, StillPairs, exchanged
 from twocet_nb.speed import Recorded, Speed
@@ -149,21 +147,11 @@ def test_a_mimic_is_found_by_name_and_another_middle_part_is_none(a_mimic):
     assert {folders[1].identities[k] for k in changed} == {'999', folders[1].identities[0]} and len(changed) == 2
 
 
-def test_a_run_bends_its_pairs_before_it_reduces_them_if_told(a_mimic):
-    batch = lambda **changes: make_batches(short(a_mimic, still=True, **changes), 'cpu')[0][1]
-    large = batch(network=replace(NETWORK, image_size=32))
-    assert torch.equal(batch(finer=2), F.avg_pool2d(large, 2)) and batch().shape == (4, 3, 16, 16)
-    assert not torch.allclose(batch(finer=2), batch(), atol=1e-2) and not torch.allclose(batch(warped=False), batch(), atol=1e-2)
-
-
-def test_files_too_small_to_be_finer_are_named(a_mimic):
-    with pytest.raises(InputError, match=r'b_e/.*: 64 px, not 128; mend'):
-        make_batches(short(a_mimic, still=True, finer=8), 'cpu')
-
-
-def test_the_memory_of_finer_pairs_is_counted(a_mimic):
-    plain, finer = (_resident_bytes(short(a_mimic, still=True, finer=finer)) for finer in (1, 2))
-    assert finer == 4 * plain > 0
+def test_a_run_only_lights_its_pairs_if_told(a_mimic):
+    plain, lit = (make_batches(short(a_mimic, still=True, warped=warped), 'cpu')[0] for warped in (True, False))
+    assert not torch.allclose(plain[1], lit[1], atol=1e-2)
+    alone = StillPairs(*find_data(a_mimic, 16, 'train'), batch_size=4, warped=False)[0]
+    assert torch.equal(lit[0], alone[0]) and torch.equal(lit[1], alone[1])
 
 
 @pytest.mark.parametrize('changes', [dict(alike=True), dict(alike=True, still=True, batch_size=3)])

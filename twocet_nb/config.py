@@ -48,13 +48,12 @@ class _PairOptions(RunOptions):
     """Whether the two faces of each row of a batch are of one person.
 
     paired: as in `PairBatches`; still: as in `StillPairs`, where alike: each pair is drawn with the code of its twin, warped: faces are warped and cropped, not only
-    mirrored and lit, finer: at how many times the networks' size that is done, before they are reduced.
+    mirrored and lit.
     """
     paired: bool = False
     still: bool = False
     alike: bool = False
     warped: bool = True
-    finer: int = 1
 
 # %% ../nbs/04b_config.ipynb #new00001
 def _check_cycles(config):
@@ -65,8 +64,8 @@ def _check_cycles(config):
         raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     if config.still and not config.paired:
         raise InputError('still says of pairs that nobody moved; mend: paired=True, or still=False')
-    if (config.finer > 1 or not config.warped) and not config.still:
-        raise InputError('finer and warped are about pairs of people who hold still; mend: still=True, or finer=1 and warped=True')
+    if not config.warped and not config.still:
+        raise InputError('warped=False is for pairs of people who hold still; mend: still=True, or warped=True')
     if config.alike and (not config.still or config.batch_size % 2):
         raise InputError('alike draws pairs of people who hold still with the codes of their twins; mend: still=True and an even batch_size, or alike=False')
     if config.network.relative and not config.paired:
@@ -74,7 +73,7 @@ def _check_cycles(config):
 
 # %% ../nbs/04b_config.ipynb #0000000a
 _CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
-_AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every', 'finer'), 1)
+_AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
              | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay',
                               'lr_fall', 'borrowed'), 0))
 _BELOW = dict(beta1=1, ema_decay=1, lr_fall=1.01, borrowed=1.01)
@@ -178,11 +177,11 @@ def _still(steps=4000, **changes):
 
 # %% ../nbs/04b_config.ipynb #48b3e644
 def _refine(steps=3000, **changes):
-    "Goes on from trained weights, on a CPU: rates that fall to zero, faces bent before they are reduced, and until the last twentieth the right answers alone."
+    "Goes on from trained weights, on a CPU: rates that fall to zero, faces as they are, and until the last twentieth the right answers alone."
     alone = .95
     losses = replace(course_losses(steps, steps, alone), pair_n=Schedule.constant(.5), identity=_late(2., steps, alone))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-64', losses=losses, batch_size=16,
-                  lr_generator=3e-4, lr_encoder=3e-4, lr_discriminator=1e-4, lr_fall=1., data='still-128', finer=2)
+                  lr_generator=1e-4, lr_encoder=1e-4, lr_discriminator=1e-4, lr_fall=1., warped=False)
     return _still(steps, **recipe | changes)
 
 def _tiny(steps=20, **changes):

@@ -143,7 +143,7 @@ _EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr
            seed='later batches and codes are drawn anew; the weights are kept', codes='later codes are drawn like this', borrowed='later codes are drawn like this',
            cycles='used from the next step on; later batches are drawn anew',
            paired='later batches are drawn like this', still='later pairs are taken like this', alike='later pairs are drawn like this',
-           warped='later pairs are changed like this', finer='later pairs are changed like this',
+           warped='later pairs are changed like this',
            data='later batches are drawn from these faces; what was learned from the others stays',
            losses='weighs from the next step on', start_from='pairs not yet registered are registered by its drawings; the weights are those of the checkpoint'))
 

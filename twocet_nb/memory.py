@@ -103,7 +103,7 @@ class Memory:
 # %% ../nbs/04d_memory.ipynb #0000001e
 def _resident_bytes(config):
     "Bytes of the training faces, if they will wait on the device; 0 if they are read from files, or not there."
-    size, limit = config.network.image_size * config.finer, 2**31 if config.memory == 'auto' else math.inf    # as in `FaceBatches`
+    size, limit = config.network.image_size, 2**31 if config.memory == 'auto' else math.inf    # as in `FaceBatches`
     if config.memory == 'workers': return 0
     try: root = data_root(config.data)
     except InputError: return 0

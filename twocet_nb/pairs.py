@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from .blocks import AdaIN
-from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment, read_face, to_tensor
+from .data import FaceBatches, InputError, _seed_from, _some, _to_unit, augment, to_tensor
 
 # %% ../nbs/03b_pairs.ipynb #00000008
 MOVES = 10    # numbers that say how a picture is laid: right, down, larger, turned, the middle of the face further to the right, and five of the light, see `relit`
@@ -175,10 +175,10 @@ def right_answer(asked, photograph, still=False):
 def change_weights(asked, answer):
     """How much each pixel counts in the loss of registered pairs, (N, 1, H, W) with mean 1 in every image: more where question and answer differ.
 
-    asked, answer: (N, 3, H, W). Pixels where nothing changes still count about a half.
+    asked, answer: (N, 3, H, W). Pixels where nothing changes still count about a fifth.
     """
     change = F.avg_pool2d((answer - asked).abs().mean(1, keepdim=True).float(), 5, 1, 2, count_include_pad=False)
-    weights = 1 + change / (change.mean((1, 2, 3), keepdim=True) + 0.02)
+    weights = 1 + 5 * change / (change.mean((1, 2, 3), keepdim=True) + 0.02)
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
 # %% ../nbs/03b_pairs.ipynb #28fc2706
@@ -248,27 +248,22 @@ class StillPairs(FaceBatches):
 
     Parameters as there; warped: faces are warped and cropped, not only mirrored and lit (augmented=False: nothing of it all).
     alike: rows 2k and 2k + 1 show one performance by two people, as far as there are `twins`, mirrored or not together.
-    finer: the folders' pictures have so many times the size of the batch's; they are reduced last of all. Raises InputError for a person without a
-    neutral face, for an odd batch of twins, and for files that are too small to be finer.
+    Raises InputError for a person without a neutral face, and for an odd batch of twins.
     """
-    def __init__(self, neutral, emotional, *given, alike=False, warped=True, finer=1, **named):
+    def __init__(self, neutral, emotional, *given, alike=False, warped=True, **named):
         super().__init__(neutral, emotional, *given, **named)
-        width = read_face(emotional.paths[0]).width
-        if finer > 1 and width < emotional.size: raise InputError(f'{emotional.paths[0]}: {width} px, not {emotional.size}; mend: larger pictures, or finer=1')
         if alike and (self.raw.share.stop - self.raw.share.start) % 2: raise InputError('twins in an odd batch; mend: an even batch_size')
-        self.alike, self.warped, self.finer = 1 + alike, warped, finer
+        self.alike, self.warped = 1 + alike, warped
         self.raw = _RawPairs(self.raw, partners(neutral, emotional), twins(emotional) if alike else None)
 
     def _finish(self, i, raw):
         pair = torch.cat([_to_unit(pixels.to(self.device)) for pixels in raw[:2]])
-        return F.avg_pool2d(self._changed(pair, i) if self.augmented else pair, self.finer).chunk(2)
-
-    def _changed(self, pair, i):
+        if not self.augmented: return pair.chunk(2)
         count, size, seed = self.raw.raw.batch_size, pair.shape[2], (self.seed, i)
         made = warps(count, size, seed, device=self.device), tints(count, seed), *crops(count, seed, self.alike)
         warp, factors, moves, mirrored = (torch.cat([part[self.raw.share].to(self.device)] * 2) for part in made)
         pair = torch.where(mirrored, pair.flip(3), pair)
-        return tinted(place(pair, moves, warp=warp) if self.warped else pair, factors)
+        return tinted(place(pair, moves, warp=warp) if self.warped else pair, factors).chunk(2)
 
 # %% ../nbs/03c_still.ipynb #b0b406d1
 def exchanged(rows):

@@ -151,9 +151,8 @@ from .speed import Recorded, make_adam, speed_up
 # %% ../nbs/05a_run.ipynb #00000009
 def make_batches(config, device, rank=0, world=1):
     "The training batches of a run, on `device`: of process number `rank` of `world`, its share of each."
-    still = partial(StillPairs, alike=config.alike, warped=config.warped, finer=config.finer)
-    kind = still if config.still else PairBatches if config.paired else FaceBatches
-    return kind(*find_data(config.data, config.network.image_size * config.finer, 'train'), config.batch_size, config.seed,
+    kind = partial(StillPairs, alike=config.alike, warped=config.warped) if config.still else PairBatches if config.paired else FaceBatches
+    return kind(*find_data(config.data, config.network.image_size, 'train'), config.batch_size, config.seed,
                 device, memory=config.memory, workers=config.workers, rank=rank, world=world)
 
 # %% ../nbs/05a_run.ipynb #0000000c
