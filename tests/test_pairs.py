@@ -64,14 +64,14 @@ def test_every_network_learned(whole):
 
 
 def test_pairs_are_the_same_from_files_and_from_memory(few_faces):
-    folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
+    folders = find_data(few_faces, 16, 'train')
     resident, workers = (PairBatches(*folders, batch_size=4, memory=memory) for memory in ('resident', 'workers'))
     for number in (0, 3):
         assert all(torch.equal(a, b) for a, b in zip(resident[number], workers[number]))
 
 
 def test_shares_of_several_processes_make_the_whole_batch(few_faces):
-    folders = [FaceFolder(few_faces, 'train', face_type, size=16) for face_type in (0, 1)]
+    folders = find_data(few_faces, 16, 'train')
     halves = [PairBatches(*folders, batch_size=4, rank=rank, world=2)[1] for rank in (0, 1)]
     whole = PairBatches(*folders, batch_size=4)[1]
     assert all(torch.allclose(torch.cat(parts), all_, atol=1e-6) for *parts, all_ in zip(*halves, whole))
@@ -141,7 +141,7 @@ def test_a_run_of_twins_is_stopped_and_goes_on_to_the_last_bit(a_mimic, tmp_path
 
 
 def test_a_mimic_is_found_by_name_and_another_middle_part_is_none(a_mimic):
-    folders = [FaceFolder(a_mimic, 'train', face_type, size=16) for face_type in (0, 1)]
+    folders = find_data(a_mimic, 16, 'train')
     twin = StillPairs(*folders, batch_size=4, alike=True).raw.twin
     changed = [k for k, j in enumerate(twin) if k != j]
     assert {folders[1].identities[k] for k in changed} == {'999', folders[1].identities[0]} and len(changed) == 2

@@ -64,7 +64,7 @@ def _check_cycles(config):
         raise InputError('losses pair_e and pair_n compare two pictures of one person; mend: paired=True, or losses without them')
     if config.still and not config.paired:
         raise InputError('still says of pairs that nobody moved; mend: paired=True, or still=False')
-    if not config.warped and not config.still:
+    if not (config.warped or config.still):
         raise InputError('warped=False is for pairs of people who hold still; mend: still=True, or warped=True')
     if config.alike and (not config.still or config.batch_size % 2):
         raise InputError('alike draws pairs of people who hold still with the codes of their twins; mend: still=True and an even batch_size, or alike=False')

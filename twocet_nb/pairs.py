@@ -175,7 +175,7 @@ def right_answer(asked, photograph, still=False):
 def change_weights(asked, answer):
     """How much each pixel counts in the loss of registered pairs, (N, 1, H, W) with mean 1 in every image: more where question and answer differ.
 
-    asked, answer: (N, 3, H, W). Pixels where nothing changes still count about a fifth.
+    asked, answer: (N, 3, H, W). Pixels where nothing changes still count about a quarter.
     """
     change = F.avg_pool2d((answer - asked).abs().mean(1, keepdim=True).float(), 5, 1, 2, count_include_pad=False)
     weights = 1 + 5 * change / (change.mean((1, 2, 3), keepdim=True) + 0.02)
@@ -259,11 +259,12 @@ class StillPairs(FaceBatches):
     def _finish(self, i, raw):
         pair = torch.cat([_to_unit(pixels.to(self.device)) for pixels in raw[:2]])
         if not self.augmented: return pair.chunk(2)
-        count, size, seed = self.raw.raw.batch_size, pair.shape[2], (self.seed, i)
-        made = warps(count, size, seed, device=self.device), tints(count, seed), *crops(count, seed, self.alike)
-        warp, factors, moves, mirrored = (torch.cat([part[self.raw.share].to(self.device)] * 2) for part in made)
-        pair = torch.where(mirrored, pair.flip(3), pair)
-        return tinted(place(pair, moves, warp=warp) if self.warped else pair, factors).chunk(2)
+        count, seed = self.raw.raw.batch_size, (self.seed, i)
+        mine = lambda made: torch.cat([made[self.raw.share].to(self.device)] * 2)
+        moves, mirrored = crops(count, seed, self.alike)
+        pair = torch.where(mine(mirrored), pair.flip(3), pair)
+        if self.warped: pair = place(pair, mine(moves), warp=mine(warps(count, pair.shape[2], seed, device=self.device)))
+        return tinted(pair, mine(tints(count, seed))).chunk(2)
 
 # %% ../nbs/03c_still.ipynb #b0b406d1
 def exchanged(rows):
