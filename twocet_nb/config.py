@@ -72,7 +72,7 @@ def _check_cycles(config):
         raise InputError('relative codes need the neutral face of every person; mend: paired=True, or a network with relative=False')
 
 # %% ../nbs/04b_config.ipynb #0000000a
-_CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), memory=('auto', 'resident', 'workers'))
+_CHOICES = dict(precision=('fp32', 'bf16'), codes=('uniform', 'gaussian'), optimizer=('adam', 'muon'), memory=('auto', 'resident', 'workers'))
 _AT_LEAST = (dict.fromkeys(('steps', 'batch_size', 'log_every', 'sample_every', 'save_every'), 1)
              | dict.fromkeys(('workers', 'keep', 'eval_every', 'lr_generator', 'lr_encoder', 'lr_discriminator', 'beta1', 'weight_decay', 'ema_decay',
                               'lr_fall', 'borrowed'), 0))
@@ -85,6 +85,7 @@ def checked(config):
         if not isinstance(value, (int, float) if field.type is float else field.type):
             raise InputError(f'{field.name} is {value!r}; mend: it must be of the type {field.type.__name__}')
     _check_cycles(config)
+    if config.optimizer == 'muon' and config.speed.graphs: raise InputError("a step with Muon cannot be recorded; mend: speed without graphs, or optimizer='adam'")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise InputError(f'{name} is {getattr(config, name)!r}; mend: choose one of {", ".join(choices)}')
@@ -99,7 +100,7 @@ def checked(config):
 class TrainConfig(_PairOptions):
     """What a run is made of, beside its `RunOptions` and what its pairs are. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; optimizer: adam, or muon for the kernels of G and E, see `MuonAndAdam`; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()
@@ -108,6 +109,7 @@ class TrainConfig(_PairOptions):
     lr_generator: float = 1e-4
     lr_encoder: float = 1e-4
     lr_discriminator: float = 1e-4
+    optimizer: str = 'adam'
     lr_fall: float = 0.
     beta1: float = 0.
     weight_decay: float = 1e-4

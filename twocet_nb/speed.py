@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDED', 'FEWER_KERNELS', 'together', 'spread', 'remembered', 'shrinking', 'growing', 'conv_shrink', 'conv_grow',
            'shrink_slices', 'grow_copies', 'FoldedResBlock', 'FoldedAdaINResBlock', 'normalise', 'OneKernelNorm',
-           'OneKernelAdaIN', 'Speed', 'speed_up', 'make_adam', 'move_towards', 'Recorded']
+           'OneKernelAdaIN', 'Speed', 'speed_up', 'make_adam', 'move_towards', 'MuonAndAdam', 'zero_grad', 'state_dict',
+           'load_state_dict', 'Recorded']
 
 # %% ../nbs/03a_speed.ipynb #8c136f56
 from dataclasses import dataclass, fields
@@ -163,6 +164,51 @@ def move_towards(means, values, decay, fused=True):
     "mean = decay * mean + (1 - decay) * value, in place, for lists of tensors of equal shapes."
     if fused: return get_ema_multi_avg_fn(decay)(means, values, None)
     for mean, value in zip(means, values): mean.lerp_(value, 1 - decay)
+
+# %% ../nbs/03a_speed.ipynb #afcbbbde
+class MuonAndAdam:
+    """`torch.optim.Muon` for the kernels between features, Adam for all other weights; used like one optimizer.
+
+    To Muon a kernel (out, in, h, w) is a matrix (out, in h w). settings: Adam's. The rate is Muon's, too, and its steps are as long as Adam's usually are.
+    """
+    def __init__(self, parameters, fused=True, *, lr, weight_decay=0., **settings):
+        parameters = list(parameters)
+        self.kernels = [p for p in parameters if p.dim() == 4 and min(p.shape[:2]) >= 8]    # not those that read or draw colours
+        if not self.kernels: raise InputError("Muon is for networks with layers of eight channels and more; mend: optimizer='adam'")
+        others = [p for p in parameters if not any(p is kernel for kernel in self.kernels)]
+        self.matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in self.kernels]
+        self.parts = dict(adam=make_adam(others, fused, lr=lr, weight_decay=weight_decay, **settings),
+                          muon=torch.optim.Muon(self.matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw'))
+
+    @property
+    def param_groups(self): return [group for part in self.parts.values() for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self):
+        for kernel, matrix in zip(self.kernels, self.matrices):
+            matrix.copy_(kernel.flatten(1))
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        for part in self.parts.values(): part.step()
+        for kernel, matrix in zip(self.kernels, self.matrices): kernel.copy_(matrix.view_as(kernel))
+
+# %% ../nbs/03a_speed.ipynb #24fb18f0
+def zero_grad(both):
+    "Forget the gradients of all weights of a `MuonAndAdam`."
+    both.parts['adam'].zero_grad()
+    for kernel in both.kernels: kernel.grad = None
+
+def state_dict(both):
+    "The moments of both, {'state': {'adam': ..., 'muon': ...}}."
+    return dict(state={name: part.state_dict()['state'] for name, part in both.parts.items()})
+
+def load_state_dict(both, saved):
+    "Take the moments of a `state_dict`; the rates stay. Raises InputError for those of another optimizer."
+    if saved['state'].keys() != both.parts.keys():
+        raise InputError("these moments are of Adam alone; mend: resume with optimizer='adam', or start anew from the weights")
+    for name, part in both.parts.items(): part.load_state_dict(part.state_dict() | dict(state=saved['state'][name]))
+
+
+MuonAndAdam.zero_grad, MuonAndAdam.state_dict, MuonAndAdam.load_state_dict = zero_grad, state_dict, load_state_dict
 
 # %% ../nbs/03a_speed.ipynb #7abfc9cb
 class Recorded:

@@ -146,7 +146,7 @@ from .memory import check_memory
 from .networks import pick_device
 from .pairs import PairBatches, StillPairs, read_codes
 from .runs import History, load_checkpoint, open_networks, prune_checkpoints, save_checkpoint
-from .speed import Recorded, make_adam, speed_up
+from .speed import MuonAndAdam, Recorded, make_adam, speed_up
 
 # %% ../nbs/05a_run.ipynb #00000009
 def make_batches(config, device, rank=0, world=1):
@@ -176,13 +176,14 @@ def borrow_codes(E, faces, codes, share, neutral=None):
 
 # %% ../nbs/05a_run.ipynb #0000000f
 def make_optimizers(networks, config):
-    "One Adam for each network that learns, {name: optimizer}, with the learning rates and beta of the configuration."
-    def adam(name):
+    "One optimizer for each network that learns, {name: optimizer}, with the learning rates and beta of the configuration; D's is always Adam."
+    def made(name):
         rate, parameters = getattr(config, f'lr_{name}'), list(networks[name].parameters())
         graphs = config.speed.graphs and parameters[0].is_cuda    # what a recorded step reads must lie on the GPU
-        return make_adam(parameters, config.speed.fused, lr=torch.tensor(rate, device=parameters[0].device) if graphs else rate,
+        make = MuonAndAdam if config.optimizer == 'muon' and name != 'discriminator' else make_adam
+        return make(parameters, config.speed.fused, lr=torch.tensor(rate, device=parameters[0].device) if graphs else rate,
                          betas=(config.beta1, .99), weight_decay=config.weight_decay, capturable=graphs)
-    return {name: adam(name) for name in ('generator', 'encoder', 'discriminator')}
+    return {name: made(name) for name in ('generator', 'encoder', 'discriminator')}
 
 # %% ../nbs/05a_run.ipynb #34be4319
 def set_rates(optimizers, config, step):
