@@ -110,7 +110,8 @@ def test_two_trainings_in_one_folder(tmp_path, few_faces, capsys):
 
 CHANGES = dict(precision='bf16', device='cpu', memory='workers', workers=2, log_every=1, sample_every=7, save_every=7, keep=0, data='faces-64',
                losses=replace(LossConfig.paper(), ds=Schedule.constant(2.)), steps=7, batch_size=4, lr_generator=1., lr_encoder=1.,
-               lr_discriminator=1., lr_fall=.5, beta1=.5, weight_decay=0., ema_decay=.5, codes='gaussian', seed=7, start_from='faces-64')
+               lr_discriminator=1., optimizer='muon', lr_fall=.5, beta1=.5, weight_decay=0., ema_decay=.5, codes='gaussian', seed=7,
+               start_from='faces-64')
 
 
 @pytest.mark.parametrize('name', CHANGES)

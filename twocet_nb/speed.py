@@ -198,13 +198,11 @@ def zero_grad(both):
     for kernel in both.kernels: kernel.grad = None
 
 def state_dict(both):
-    "The moments of both, {'state': {'adam': ..., 'muon': ...}}."
+    "The moments of both, {'state': {'adam': ..., 'muon': ...}}; the rates are the configuration's."
     return dict(state={name: part.state_dict()['state'] for name, part in both.parts.items()})
 
 def load_state_dict(both, saved):
-    "Take the moments of a `state_dict`; the rates stay. Raises InputError for those of another optimizer."
-    if saved['state'].keys() != both.parts.keys():
-        raise InputError("these moments are of Adam alone; mend: resume with optimizer='adam', or start anew from the weights")
+    "Take the moments of a `state_dict`; the rates stay."
     for name, part in both.parts.items(): part.load_state_dict(part.state_dict() | dict(state=saved['state'][name]))
 
 

@@ -198,7 +198,9 @@ def set_rates(optimizers, config, step):
 
 # %% ../nbs/05a_run.ipynb #00000012
 def restore_moments(optimizer, saved):
-    "Adam's moments from a saved state; the learning rate stays the configuration's, which may have changed."
+    "An optimizer's moments from a saved state; the learning rate stays the configuration's, which may have changed. Raises InputError for those of another optimizer."
+    if ('muon' in saved['state']) != isinstance(optimizer, MuonAndAdam):
+        raise InputError('the checkpoint is of another optimizer; mend: resume with the one it began with, or begin a new run with its weights (start_from)')
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved['state']))
 
 # %% ../nbs/05a_run.ipynb #00000015
