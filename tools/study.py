@@ -113,6 +113,8 @@ HYPOTHESES = {
     'averages that forget slower': (replace(COURSE, ema_decay=.995), None),
     'twice the learning rate': (replace(COURSE, lr_generator=2e-3, lr_encoder=2e-3), None),
     'half the learning rate': (replace(COURSE, lr_generator=5e-4, lr_encoder=5e-4), None),
+    'Muon': (replace(COURSE, optimizer='muon'), None),
+    'Muon, a third of the learning rate': (replace(COURSE, optimizer='muon', lr_generator=3e-4, lr_encoder=3e-4), None),
     'D from the first step': (course(adv_e=on(.02), adv_n=on(.02), cyc_n=on(.5)), None),
     'D from the first step, DiffAugment': (course(adv_e=on(.02), adv_n=on(.02), cyc_n=on(.5)), ('twocet_nb.trainer.typed', disturbed)),
     'code loss, random codes': (replace(course(adv_e=on(.02), cyc_n=on(.5), code=on(.2)), borrowed=0.), None),
