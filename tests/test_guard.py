@@ -110,8 +110,7 @@ def test_two_trainings_in_one_folder(tmp_path, few_faces, capsys):
 
 CHANGES = dict(precision='bf16', device='cpu', memory='workers', workers=2, log_every=1, sample_every=7, save_every=7, keep=0, data='faces-64',
                losses=replace(LossConfig.paper(), ds=Schedule.constant(2.)), steps=7, batch_size=4, lr_generator=1., lr_encoder=1.,
-               lr_discriminator=1., optimizer='muon', lr_fall=.5, beta1=.5, weight_decay=0., ema_decay=.5, codes='gaussian', seed=7,
-               start_from='faces-64')
+               lr_discriminator=1., lr_fall=.5, beta1=.5, weight_decay=0., ema_decay=.5, codes='gaussian', seed=7, start_from='faces-64')
 
 
 @pytest.mark.parametrize('name', CHANGES)
@@ -123,6 +122,11 @@ def test_every_change_is_one_line(name):
 def test_other_networks_are_refused_with_both_values():
     with pytest.raises(InputError, match=r'network.image_size 128 -> 64; network.width 128 -> 16; network.he_init False -> True: .*mend'):
         differences(TrainConfig(), TrainConfig(network=NetworkConfig(64, 16, he_init=True)))
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(InputError, match='optimizer adam -> muon: .*moments its own optimizer; mend'):
+        differences(TrainConfig(), TrainConfig(optimizer='muon'))
 
 
 def test_the_hash_sees_names_types_and_contents(tmp_path, few_faces):

@@ -183,7 +183,7 @@ def _refine(steps=3000, **changes):
     alone = .95
     losses = replace(course_losses(steps, steps, alone), pair_n=Schedule.constant(.5), identity=_late(2., steps, alone))
     recipe = dict(network=NetworkConfig.course(64, 32, 256), start_from='faces-64', losses=losses, batch_size=16,
-                  lr_generator=1e-4, lr_encoder=1e-4, lr_discriminator=1e-4, lr_fall=1., warped=False)
+                  optimizer='muon', lr_generator=2e-4, lr_encoder=2e-4, lr_discriminator=1e-4, lr_fall=1., warped=False)
     return _still(steps, **recipe | changes)
 
 def _tiny(steps=20, **changes):

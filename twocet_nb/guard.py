@@ -134,7 +134,7 @@ def _flat(value, name=''):
     return {key: text for flat in inner for key, text in flat.items()}
 
 # %% ../nbs/04c_guard.ipynb #00000029
-_EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr_fall', 'beta1', 'weight_decay'), "used from the next step on; Adam's moments are kept")
+_EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr_fall', 'beta1', 'weight_decay'), "used from the next step on; the optimizer's moments are kept")
     | dict.fromkeys(('precision', 'device', 'speed'), 'steps are rounded differently from now on, so the run is no longer bit for bit what it was')
     | dict.fromkeys(('memory', 'workers'), 'where faces wait; the batches stay the same to the last bit')
     | dict.fromkeys(('log_every', 'sample_every', 'save_every', 'keep', 'eval_every', 'best_by', 'trackers', 'memory_check'), 'what is written how often; what is learned stays the same')
@@ -151,13 +151,13 @@ _EFFECTS = (dict.fromkeys(('lr_generator', 'lr_encoder', 'lr_discriminator', 'lr
 def differences(old, new):
     """What a run that goes on with the configuration `new` does differently, and what that means: one line a field; [] if nothing.
 
-    old, new: `TrainConfig`s. Raises InputError, naming fields and values, if the networks differ: then the weights do not fit.
+    old, new: `TrainConfig`s. Raises InputError, naming fields and values, if the networks or optimizers differ: then what was saved does not fit.
     """
     before, after = _flat(old), _flat(new)
     changed = {name: f'{name} {before.get(name, "none")} -> {after.get(name, "none")}' for name in before | after if before.get(name) != after.get(name)}
-    refused = [line for name, line in changed.items() if name.startswith('network.')]
+    refused = [line for name, line in changed.items() if name.startswith('network.') or name == 'optimizer']
     if refused:
-        raise InputError(f'{"; ".join(refused)}: the weights of a run fit its own networks only; '
+        raise InputError(f'{"; ".join(refused)}: the weights of a run fit its own networks, and its moments its own optimizer; '
                          'mend: leave that as it was, or begin a new run in its own folder')
     effect = lambda name: _EFFECTS.get(name) or _EFFECTS.get(name.partition('.')[0], 'used from the next step on')
     return [f'{line}: {effect(name)}' for name, line in changed.items()]
