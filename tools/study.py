@@ -30,7 +30,8 @@ from twocet_nb.truth import judge_truth
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'nbs'/'studies'/'recipe.json'
 on = Schedule.constant
-COURSE, UNPAIRED = preset('course', lr_fall=0., ema_decay=.98), preset('unpaired', ema_decay=.98)    # no row knows its number of steps beforehand
+COURSE, UNPAIRED = preset('course', lr_fall=0., ema_decay=.98), preset('unpaired', ema_decay=.98)    # no row knows its number of steps beforehand,
+GOING = preset('refine', steps=50, ema_decay=.9)    # but those that go on from the shipped weights, and are done in time
 
 
 def course(**losses):
@@ -126,6 +127,11 @@ HYPOTHESES = {
     'laptop, slower D': (replace(unpaired(), lr_discriminator=2e-4), None),
     'laptop, one sub-step a step': (replace(unpaired(), cycles='ab'), None),
     'laptop, DiffAugment': (unpaired(), ('twocet_nb.trainer.typed', disturbed)),
+    'going on': (GOING, None),
+    'going on with Adam': (replace(GOING, optimizer='adam'), None),
+    'going on with Adam, half the learning rate': (replace(GOING, optimizer='adam', lr_generator=1e-4, lr_encoder=1e-4), None),
+    'going on with Muon, half the learning rate': (replace(GOING, lr_generator=1e-4, lr_encoder=1e-4), None),
+    'going on with bent faces': (replace(GOING, warped=True), None),
 }
 
 
@@ -140,12 +146,12 @@ def moves(root, replaced):
 
 
 def train(config, seconds, folder, replaced=''):
-    "A run of so many seconds of processor time; what comes before the first step, registration too, does not count."
+    "A run of so many seconds of processor time, or of all its steps; what comes before the first step, registration too, does not count."
     run = Trainer(replace(config, memory_check=False), folder, quiet=True)
     if config.paired and not config.still: run.batches.moves = moves(config.data, replaced if replaced.startswith('twocet_nb.pairs') else '').clone()
     torch.manual_seed(config.seed)    # of DiffAugment; all else has seeds of its own
     began = time.process_time()
-    while time.process_time() - began < seconds:
+    while time.process_time() - began < seconds and run.step < config.steps:
         run.train_step()
     run.check()
     return run
