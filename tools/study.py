@@ -130,7 +130,6 @@ HYPOTHESES = {
     'going on': (GOING, None),
     'going on with Adam': (replace(GOING, optimizer='adam'), None),
     'going on with Adam, half the learning rate': (replace(GOING, optimizer='adam', lr_generator=1e-4, lr_encoder=1e-4), None),
-    'going on with Muon, half the learning rate': (replace(GOING, lr_generator=1e-4, lr_encoder=1e-4), None),
     'going on with bent faces': (replace(GOING, warped=True), None),
 }
 
