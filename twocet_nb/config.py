@@ -100,7 +100,7 @@ def checked(config):
 class TrainConfig(_PairOptions):
     """What a run is made of, beside its `RunOptions` and what its pairs are. Frozen; raises InputError for values that make no sense.
 
-    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*, beta1: of Adam; optimizer: adam, or muon for the kernels of G and E, see `MuonAndAdam`; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; seed: of weights, batches and codes; start_from: as in `open_networks`."""
+    data: a bundled name or a folder; steps: iterations, each with the sub-steps of `cycles`; lr_*: learning rates; beta1: of Adam; optimizer: adam, or muon for the kernels of G and E, see `MuonAndAdam`; lr_fall: the share of the run, at its end, in which the learning rates fall to zero; ema_decay: of the averages, once a step; codes: as in `sample_codes`; borrowed: the share that are codes of other faces instead; seed: of weights, batches and codes; start_from: as in `open_networks`."""
     data: str = 'faces-128'
     network: NetworkConfig = NetworkConfig.paper()
     losses: LossConfig = LossConfig.paper()

@@ -172,10 +172,10 @@ class MuonAndAdam:
     To Muon a kernel (out, in, h, w) is a matrix (out, in h w). settings: Adam's. The rate is Muon's, too, and its steps are as long as Adam's usually are.
     """
     def __init__(self, parameters, fused=True, *, lr, weight_decay=0., **settings):
-        parameters = list(parameters)
-        self.kernels = [p for p in parameters if p.dim() == 4 and min(p.shape[:2]) >= 8]    # not those that read or draw colours
+        parameters, between = list(parameters), lambda p: p.dim() == 4 and min(p.shape[:2]) >= 8    # not those that read or draw colours
+        self.kernels = [p for p in parameters if between(p)]
         if not self.kernels: raise InputError("Muon is for networks with layers of eight channels and more; mend: optimizer='adam'")
-        others = [p for p in parameters if not any(p is kernel for kernel in self.kernels)]
+        others = [p for p in parameters if not between(p)]
         self.matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in self.kernels]
         self.parts = dict(adam=make_adam(others, fused, lr=lr, weight_decay=weight_decay, **settings),
                           muon=torch.optim.Muon(self.matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw'))
@@ -185,7 +185,7 @@ class MuonAndAdam:
 
     @torch.no_grad()
     def step(self):
-        for kernel, matrix in zip(self.kernels, self.matrices):
+        for kernel, matrix in zip(self.kernels, self.matrices):    # copies: a kernel in the order `channels_last` has no such view
             matrix.copy_(kernel.flatten(1))
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts.values(): part.step()

@@ -182,7 +182,7 @@ def make_optimizers(networks, config):
         graphs = config.speed.graphs and parameters[0].is_cuda    # what a recorded step reads must lie on the GPU
         make = MuonAndAdam if config.optimizer == 'muon' and name != 'discriminator' else make_adam
         return make(parameters, config.speed.fused, lr=torch.tensor(rate, device=parameters[0].device) if graphs else rate,
-                         betas=(config.beta1, .99), weight_decay=config.weight_decay, capturable=graphs)
+                    betas=(config.beta1, .99), weight_decay=config.weight_decay, capturable=graphs)
     return {name: made(name) for name in ('generator', 'encoder', 'discriminator')}
 
 # %% ../nbs/05a_run.ipynb #34be4319
