@@ -125,13 +125,15 @@ def plan(protocol, identities, seed=0, test=None, **settings):
 
 # %% ../../nbs/faces/06a_plan.ipynb #afead3e8
 def hold_still(shots):
-    """The same performances by people who do not move: each shot has camera, pose, light and noise of its person's first one from that angle.
+    """The same performances by people who do not move: each shot has camera, pose and light of its person's first one from that angle.
 
-    shots: a list of `Shot`, of everybody the neutral one first, as `plan` gives them. Pictures of a person then differ by the expression alone.
+    shots: a list of `Shot`, of everybody the neutral one first, as `plan` gives them. Pictures of a person then differ by the expression, and those of the
+    neutral face from all others by their noise: two photographs never share it, so a pair must not teach that they do.
     """
     first = {}
     for shot in shots: first.setdefault((shot.person.seed, shot.camera.angle), shot)
-    return [replace(shot, camera=(one := first[shot.person.seed, shot.camera.angle]).camera, render_seed=one.render_seed) for shot in shots]
+    ones = [first[shot.person.seed, shot.camera.angle] for shot in shots]
+    return [replace(shot, camera=one.camera, render_seed=one.render_seed + (shot is one)) for shot, one in zip(shots, ones)]
 
 # %% ../../nbs/faces/06a_plan.ipynb #84aeb66b
 def by_person(shots):
@@ -141,18 +143,19 @@ def by_person(shots):
 def mimics(shots, people, parts=8, seed=0):
     """More people for a plan, as a list of `Shot`: a neutral face each, and `parts` performances that others gave in it for training.
 
-    shots: what `plan` or `hold_still` returned; people, seed: the next so many of that `population`. A file is named NEW_WHOM_CLASS. Mimics hold still,
-    and have half the light paths. All performances are in use before one is repeated.
+    shots: what `plan` or `hold_still` returned; people, seed: the next so many of that `population`. A file is named NEW_WHOM_CLASS. Mimics hold still
+    (see `hold_still`); their performances have half the light paths. All of these are in use before one is repeated.
     """
     performed = [shot for shot in shots if shot.file.startswith(f'train/{FACE_FOLDERS[1]}/')]
     known, order = len(by_person(shots)), np.random.default_rng([seed, 703]).permutation(len(performed))
-    settings, found = dict(size=shots[0].size, samples=max(1, shots[0].samples//2), quality=shots[0].quality), []
+    settings, found = {name: getattr(shots[0], name) for name in ('size', 'samples', 'quality')}, []
     for i, person in enumerate(population(known + people, seed)[known:]):
         name = f'{known + i + 1:03d}'
         neutral = next(_shots_of(person, name, 'train', PROTOCOLS['cfee'], seed, settings))
         copied = [performed[k] for k in order.take(range(i*parts, (i + 1)*parts), mode='wrap')]
-        found += [neutral] + [replace(neutral, file=f'train/{FACE_FOLDERS[1]}/{name}_{Path(shot.file).name}',
-                                      expression=shot.expression) for shot in copied]
+        still = [replace(neutral, file=f'train/{FACE_FOLDERS[1]}/{name}_{Path(shot.file).name}', expression=shot.expression) for shot in copied]
+        neutral, *still = hold_still([neutral, *still])
+        found += [neutral] + [replace(shot, samples=max(1, shot.samples//2)) for shot in still]
     return found
 
 # %% ../../nbs/faces/06a_plan.ipynb #00000026
