@@ -1,7 +1,8 @@
-"""What happens to weights on their way into the package."""
+"""What happens to weights on their way into the package, and between two runs."""
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 import ship  # noqa: E402
+from agree import agreement_loss  # noqa: E402
 
 from twocet_nb import runs  # noqa: E402
 from twocet_nb.config import find_data, preset  # noqa: E402
 from twocet_nb.data import bundled  # noqa: E402
 from twocet_nb.metrics import codes_of  # noqa: E402
-from twocet_nb.networks import build_networks  # noqa: E402
+from twocet_nb.networks import build_networks, read_card, save_networks  # noqa: E402
 from twocet_nb.trainer import Trainer, with_averages  # noqa: E402
 from twocet_nb.transfer import TwoCET  # noqa: E402
 
@@ -77,3 +79,40 @@ def test_a_run_is_shipped_with_its_card_and_tidied_again(few_faces, tmp_path, mo
     ship.main()
     again = json.loads(file.with_suffix('.json').read_text())
     assert again['note'] == 'a test twice' and again['command'] == card['command'] and 'step 1' in capsys.readouterr().out
+
+
+def test_agreement_counts_what_twins_share_and_no_number_twice():
+    shared, own = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (400, 800))
+    alike = .3 * shared.repeat_interleave(2, 0)
+    loss, correlations = agreement_loss(alike, 1)
+    assert loss < .1 and torch.allclose(correlations, torch.ones(3), atol=.01)
+    less, halves = agreement_loss((alike + .3 * own) / 2**.5, 1)
+    assert less > .5 and (halves - .5).abs().max() < .15
+    assert agreement_loss(alike[:, [0, 1, 1]], 2)[0] > loss + .1, 'a new number must not repeat another'
+    assert agreement_loss(alike[:, [0, 0, 1]], 2)[0] < .1, 'old numbers may'
+
+
+def agree(weights, out, numbers):
+    "Two processes of tools/agree.py, three short steps: the completed process."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', ROOT/'tools'/'agree.py', weights, out,
+               '--numbers', numbers, '--steps', '3', '--twins', '4']
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def test_the_encoder_learns_alone_and_pictures_stay(performers, tmp_path):
+    networks, known = dict(with_averages(build_networks(TINY, 0))), TINY.code_dim // 2
+    with torch.no_grad():
+        for part in (networks['encoder_ema'].head.weight, networks['encoder_ema'].head.bias): part[known:] = 0
+    card = dict(name='tiny', step=7, sub_steps=21, recipe=dict(data=str(performers)))
+    save_networks(tmp_path/'old.safetensors', TINY, networks, extra=card)
+    done = agree(tmp_path/'old.safetensors', tmp_path/'new.safetensors', known + 1)
+    assert done.returncode == 0, done.stderr
+    _, found = runs.open_networks(tmp_path/'new.safetensors', ship.NAMES)
+    head = found['encoder_ema'].head.weight
+    assert head[:known + 1].any(1).all() and not head[known + 1:].any() and not torch.equal(head[:known], networks['encoder_ema'].head.weight[:known])
+    for name in ('generator_ema', 'discriminator'):
+        for key, value in networks[name].state_dict().items(): assert torch.equal(found[name].state_dict()[key], value), key
+    written = read_card(tmp_path/'new.safetensors')['extra']
+    assert written['begun_with'] == card and written['sub_steps'] == 0 and 'agree.py old.safetensors' in written['command']
+    refused = agree(tmp_path/'old.safetensors', tmp_path/'no.safetensors', known)
+    assert refused.returncode != 0 and f'{known} numbers are in use' in refused.stderr and not (tmp_path/'no.safetensors').exists()
