@@ -5,7 +5,7 @@
 Pictures pay the encoder little for what is small in them, and do not mind if it also says who somebody is. Twins do: they did the same (notebook 03c).
 So each number of a code becomes the mean of what was read from a face and from its twin. Beside them stand a few new numbers that make the encoder look
 for more: each shall be the same for both twins, and say what no other says, as in Barlow Twins (Zbontar et al., 2021). The generator is deaf to them,
-and `tools/ship.py` keeps of them only what twins share and the others lack. An encoder alone is fast: ten times as many twins as in a run.
+and `tools/ship.py` keeps of them only what twins share and the others lack. A step of an encoder alone sees many more twins than one of a run.
 """
 import argparse
 import copy
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ship import NAMES
+from torch.nn.parallel import DistributedDataParallel
 
 from twocet_nb import runs
 from twocet_nb.config import find_data
@@ -41,20 +42,12 @@ def agreement_loss(codes, known):
     return ((1 - across.diagonal())**2).sum() + APART * apart + spread, across.diagonal().detach()
 
 
-def share_gradients(network):
-    "Let the gradients of all processes be their mean."
-    flat = torch.cat([p.grad.flatten() for p in network.parameters()])
-    dist.all_reduce(flat)
-    for p, part in zip(network.parameters(), flat.split([p.numel() for p in network.parameters()])):
-        p.grad = part.view_as(p) / dist.get_world_size()
-
-
 def learn(E, G, batches, known, numbers, steps, rate):
     "Train an encoder in place, in steps that share gradients; yields the correlations of twins after each."
     old, G = (speed_up(copy.deepcopy(network)).requires_grad_(False) for network in (E, G))
     new = torch.randn(numbers - known, E.head.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): E.head.weight[known:numbers] = new * E.head.weight[:known].std() / 2
-    speed_up(E).train().requires_grad_(True)
+    shared = DistributedDataParallel(speed_up(E).train().requires_grad_(True))
     adam = torch.optim.Adam(E.parameters(), lr=rate, betas=(.9, .99))
     for step in range(steps):
         for group in adam.param_groups: group['lr'] = rate * (1 - step / steps) * min(1, (step + 1) / 30)
@@ -62,13 +55,12 @@ def learn(E, G, batches, known, numbers, steps, rate):
         with torch.autocast('cpu', torch.bfloat16):
             neutral = G(faces, torch.zeros(len(faces), G.config.code_dim)).clamp(-1, 1)
             both = torch.cat([faces, neutral])
-            codes, was = (first - second for first, second in (network(both).float().chunk(2) for network in (E, old)))
+            codes, was = (first - second for first, second in (network(both).float().chunk(2) for network in (shared, old)))    # as `read_codes`, both of one drawing
         mean = ((was + exchanged(was)) / 2)[:, :known]
         loss, agreement = agreement_loss(codes[:, :numbers], known)
         loss = loss + ((codes[:, :known] - mean).square().mean(0) / mean.var(0)).sum()
         adam.zero_grad()
         loss.backward()
-        share_gradients(E)
         adam.step()
         yield agreement
     E.eval().requires_grad_(False)
